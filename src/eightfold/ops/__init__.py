@@ -1,0 +1,197 @@
+"""The operations contract, and its plain torch implementation: specification, oracle and fallback in one.
+
+A backend is a subclass of `Ops` in a file of its own that overrides what it does better; the conformance suite
+(`tests/test_ops.py`) holds it to this file. Shapes use T tokens of the batch, R rows (sequences), L logit rows,
+H hidden, Hq query heads, Hkv key-value heads, D head size, E experts, K experts a token, I expert width.
+
+Numbers: activations between operations are fp32 on the reference and on CPUs (`Ops.activation_dtype`). A matrix
+product takes its input rounded to the compute dtype (`Ops.dtype`) and sums in fp32 at least. Norms, router,
+softmax and the weighted sum over experts are fp32 always.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Weight(Protocol):
+    """A matrix [out, in] of some quantization scheme, as `quant` makes them."""
+
+    @property
+    def scheme(self) -> str:
+        """Name of the scheme, by which a backend picks its kernel: "dense", "w8a8", …"""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)"""
+
+    @property
+    def parts(self) -> Mapping[str, Tensor]:
+        """The stored tensors by name; "weight" is one of them."""
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x [T, in], in the compute dtype or fp32 → x · weightᵀ [T, out] fp32. The scheme's definition."""
+
+
+class Expert(NamedTuple):
+    """One SwiGLU expert: w2(silu(w1(x)) * w3(x))."""
+
+    w1: Weight  # [I, H]
+    w2: Weight  # [H, I]
+    w3: Weight  # [I, H]
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotation tables by position. `interleaved` pairs elements (2i, 2i+1), else (i, i + D/2)."""
+
+    cos: Tensor  # [positions, D / 2] fp32
+    sin: Tensor  # [positions, D / 2] fp32
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A Plan as tensors on the device: R rows of n tokens each, T in all.
+
+    Row r holds the tokens query_starts[r] … query_starts[r + 1], the last n of its kv_lens[r] positions. Token t
+    writes its key and value to page slots[t] // page_size, at slots[t] % page_size.
+    """
+
+    ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int32
+    slots: Tensor  # [T] int64
+    query_starts: Tensor  # [R + 1] int32
+    kv_lens: Tensor  # [R] int32
+    page_table: Tensor  # [R, most pages of a row] int32, padded with 0
+    logit_rows: Tensor  # [L] int64, tokens whose logits are wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Keys and values of one layer: [pages, Hkv, page_size, D] each, of the KV dtype."""
+
+    k: Tensor
+    v: Tensor
+
+    @property
+    def page_size(self) -> int:
+        return self.k.shape[2]
+
+
+class Ops:
+    """The contract and its torch reference, for any device that torch knows.
+
+    `dtype` is the compute dtype: float32, bfloat16 or float16.
+    """
+
+    name: ClassVar[str] = "torch"
+    activation_dtype: ClassVar[torch.dtype] = torch.float32
+
+    def __init__(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+        self.dtype = dtype
+        self.device = torch.device(device)
+
+    def new_pages(self, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Pages:
+        """Memory for one layer's keys and values; not cleared, so on a CPU it costs nothing until it is written."""
+        shape = (num_pages, kv_heads, page_size, head_dim)
+        return Pages(torch.empty(shape, dtype=dtype, device=self.device), torch.empty(shape, dtype=dtype, device=self.device))
+
+    def embed(self, ids: Tensor, table: Tensor) -> Tensor:
+        """ids [T], table [V, H] → [T, H] activations."""
+        return F.embedding(ids, table).to(self.activation_dtype)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x, residual [T, H], weight [H] → (norm(x + residual) * weight, x + residual), both [T, H].
+
+        Without a residual the second result is x itself.
+        """
+        total = x if residual is None else x + residual
+        wide = total.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return (wide * scale * weight.float()).to(self.activation_dtype), total
+
+    def linear(self, x: Tensor, weights: Sequence[Weight]) -> Tensor:
+        """x [T, in] → [T, sum of outs]: the products with each of the weights side by side."""
+        rounded = x.to(self.dtype)
+        return torch.cat([w.matmul(rounded) for w in weights], -1).to(self.activation_dtype)
+
+    def rope_write_kv(self, qkv: Tensor, rope: Rope, batch: Batch, pages: Pages) -> Tensor:
+        """qkv [T, (Hq + 2·Hkv)·D] → rotated q [T, Hq, D]; rotated k, and v, are written into the pages."""
+        tokens, kv_heads, size, dim = len(qkv), pages.k.shape[1], pages.page_size, pages.k.shape[3]
+        heads = qkv.view(tokens, -1, dim)  # [T, Hq + 2·Hkv, D]
+        q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
+        at = batch.positions.long()
+        cos, sin = rope.cos[at][:, None], rope.sin[at][:, None]  # [T, 1, D / 2]
+        page, slot = batch.slots // size, batch.slots % size
+        pages.k[page, :, slot] = _rotate(k, cos, sin, rope.interleaved).to(pages.k.dtype)
+        pages.v[page, :, slot] = v.to(pages.v.dtype)
+        return _rotate(q, cos, sin, rope.interleaved)
+
+    def attention(self, q: Tensor, batch: Batch, pages: Pages, window: int | None = None) -> Tensor:
+        """q [T, Hq, D] → [T, Hq·D]: each token attends to its row's positions up to its own, and no further back
+        than `window` positions where that is given (its own included)."""
+        tokens, heads, dim = q.shape
+        out = torch.empty(tokens, heads, dim, dtype=self.activation_dtype, device=q.device)
+        starts = batch.query_starts.tolist()
+        for row, kv_len in enumerate(batch.kv_lens.tolist()):
+            a, b = starts[row], starts[row + 1]
+            table = batch.page_table[row, : -(-kv_len // pages.page_size)].long()
+            k, v = (_gather(p, table, kv_len, heads) for p in (pages.k, pages.v))  # [Hq, kv_len, D]
+            scores = q[a:b].float().transpose(0, 1) @ k.transpose(1, 2) / math.sqrt(dim)  # [Hq, n, kv_len]
+            ahead = torch.arange(kv_len, device=q.device)[None] - torch.arange(kv_len - (b - a), kv_len, device=q.device)[:, None]
+            hidden = ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)  # [n, kv_len]
+            probs = scores.masked_fill(hidden, -math.inf).softmax(-1)
+            out[a:b] = (probs @ v).transpose(0, 1)
+        return out.view(tokens, heads * dim)
+
+    def route(self, x: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """x [T, H], gate [E, H] → ids [T, K] int32 and weights [T, K] fp32, best expert first, weights summing to 1.
+
+        The softmax is over all experts; of equal experts the lower id wins.
+        """
+        probs = (x.float() @ gate.float().T).softmax(-1)  # [T, E]
+        best, ids = probs.sort(-1, descending=True, stable=True)
+        best = best[:, :k]
+        return ids[:, :k].int(), best / best.sum(-1, keepdim=True)
+
+    def moe(self, x: Tensor, ids: Tensor, weights: Tensor, experts: Sequence[Expert]) -> Tensor:
+        """x [T, H], ids and weights [T, K] → [T, H]: the weighted sum of each token's experts. No token is dropped."""
+        parts = torch.empty(*ids.shape, x.shape[1], dtype=torch.float32, device=x.device)  # [T, K, H]
+        rounded = x.to(self.dtype)
+        for number in ids.unique().tolist():
+            expert = experts[number]
+            token, slot = (ids == number).nonzero(as_tuple=True)
+            chosen = rounded[token]
+            inner = F.silu(expert.w1.matmul(chosen)) * expert.w3.matmul(chosen)  # [n, I]
+            parts[token, slot] = expert.w2.matmul(inner.to(self.dtype))
+        return (parts * weights[..., None]).sum(1).to(self.activation_dtype)
+
+    def kernel(self, operation: str, scheme: str) -> str:
+        """What runs `operation` for weights of `scheme`, as `eightfold info` prints it."""
+        return "torch"
+
+    def synchronize(self) -> None:
+        """Wait until all work given to the device is done."""
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x [T, heads, D], cos and sin [T, 1, D / 2] → x with its pairs turned."""
+    if interleaved:
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def _gather(pages: Tensor, table: Tensor, length: int, heads: int) -> Tensor:
+    """pages [pages, Hkv, size, D] → [Hq, length, D] fp32: a row's first positions, each KV head once a query head."""
+    flat = pages[table].transpose(0, 1).flatten(1, 2)[:, :length].float()  # [Hkv, length, D]
+    return flat.repeat_interleave(heads // len(flat), 0)
