@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -104,6 +104,18 @@ class Ops:
         shape = (num_pages, kv_heads, page_size, head_dim)
         return Pages(torch.empty(shape, dtype=dtype, device=self.device), torch.empty(shape, dtype=dtype, device=self.device))
 
+    def prepare_tensor(self, tensor: Tensor) -> Tensor:
+        """A norm, gate or embedding table as the file has it → where and how the operations below want it."""
+        return tensor.to(self.device)
+
+    def prepare_linear(self, weights: Sequence[Weight]) -> Any:
+        """Weights that are multiplied side by side → the handle that `linear` takes; moved and laid out once."""
+        return tuple(weights)
+
+    def prepare_experts(self, experts: Sequence[Expert]) -> Any:
+        """A layer's experts → the handle that `moe` takes; they stay separate tensors, never stacked on the host."""
+        return tuple(experts)
+
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
         """ids [T], table [V, H] → [T, H] activations."""
         return F.embedding(ids, table).to(self.activation_dtype)
@@ -118,10 +130,10 @@ class Ops:
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return (wide * scale * weight.float()).to(self.activation_dtype), total
 
-    def linear(self, x: Tensor, weights: Sequence[Weight]) -> Tensor:
-        """x [T, in] → [T, sum of outs]: the products with each of the weights side by side."""
+    def linear(self, x: Tensor, linear: Any) -> Tensor:
+        """x [T, in], a handle of `prepare_linear` → [T, sum of outs]."""
         rounded = x.to(self.dtype)
-        return torch.cat([w.matmul(rounded) for w in weights], -1).to(self.activation_dtype)
+        return torch.cat([w.matmul(rounded) for w in linear], -1).to(self.activation_dtype)
 
     def rope_write_kv(self, qkv: Tensor, rope: Rope, batch: Batch, pages: Pages) -> Tensor:
         """qkv [T, (Hq + 2·Hkv)·D] → rotated q [T, Hq, D]; rotated k, and v, are written into the pages."""
@@ -162,8 +174,9 @@ class Ops:
         best = best[:, :k]
         return ids[:, :k].int(), best / best.sum(-1, keepdim=True)
 
-    def moe(self, x: Tensor, ids: Tensor, weights: Tensor, experts: Sequence[Expert]) -> Tensor:
-        """x [T, H], ids and weights [T, K] → [T, H]: the weighted sum of each token's experts. No token is dropped."""
+    def moe(self, x: Tensor, ids: Tensor, weights: Tensor, experts: Any) -> Tensor:
+        """x [T, H], ids and weights [T, K], a handle of `prepare_experts` → [T, H]: each token's weighted sum of its
+        experts, in the order of its ids. No token is dropped."""
         parts = torch.empty(*ids.shape, x.shape[1], dtype=torch.float32, device=x.device)  # [T, K, H]
         rounded = x.to(self.dtype)
         for number in ids.unique().tolist():
