@@ -55,4 +55,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     enable_prefix_caching: bool = True
     threads: int | None = None
+    strict_kernels: bool = False
+    skip_tokenizer_init: bool = False
+    allow_pickle: bool = False
     seed: int = 0

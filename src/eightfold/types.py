@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 class EightfoldError(ValueError):
@@ -179,7 +179,7 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class Request:
-    """A request as the engine takes it: token ids, already validated against nothing; `Engine.add` checks it."""
+    """A request as the engine takes it. Times are those of `time.perf_counter`."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -201,7 +201,6 @@ class Plan:
     kv_lens: list[int]  # [R] tokens in the cache once this step has written its own
     page_table: list[list[int]]  # [R][ceil(kv_len / page_size)]
     logit_rows: list[int]  # [L] indices into the T tokens at which logits are wanted
-    copies: list[tuple[int, int]] = field(default_factory=list)  # pages (from, to) to copy before the step
 
     @property
     def num_tokens(self) -> int:

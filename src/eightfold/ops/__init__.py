@@ -14,11 +14,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from eightfold.machine import available_memory
+from eightfold.types import EightfoldError
 
 
 class Weight(Protocol):
@@ -191,8 +195,31 @@ class Ops:
         """What runs `operation` for weights of `scheme`, as `eightfold info` prints it."""
         return "torch"
 
+    def available_memory(self) -> int:
+        """Bytes that keys and values could take now."""
+        return available_memory()
+
     def synchronize(self) -> None:
         """Wait until all work given to the device is done."""
+
+
+DEVICES = ("cpu", "torch")
+
+
+def get_ops(device: str, dtype: torch.dtype, threads: int | None = None, strict_kernels: bool = False) -> Ops:
+    """The backend for a device: "cpu" (native kernels) or "torch" (this file's reference, on the CPU).
+
+    `threads` None takes all cores that this process may use. Raises EightfoldError for another device.
+    """
+    if device == "cpu":
+        cpu = import_module("eightfold.ops.cpu")
+        ops: Ops = cpu.CpuOps(dtype, threads=threads, strict_kernels=strict_kernels)
+        return ops
+    if device == "torch":
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return Ops(dtype)
+    raise EightfoldError(f"device {device!r} is not supported; there are {', '.join(DEVICES)}")
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

@@ -1,0 +1,156 @@
+"""`LLM`: the engine for a list of prompts, with the names and results that vLLM's users know."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tqdm import tqdm
+
+from eightfold.config import EngineConfig
+from eightfold.loader import load_engine
+from eightfold.model import Progress
+from eightfold.tokenizer import Tokenizer
+from eightfold.types import EightfoldError, Request, RequestOutput, RequestOutputKind, SamplingParams
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+Messages = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """A Mixtral checkpoint, ready to answer.
+
+    `model` is a folder, "demo", or a name on the Hugging Face hub. The options are the fields of `EngineConfig`.
+    `trust_remote_code` is accepted for compatibility: no code from a checkpoint is ever executed. Raises
+    EightfoldError if the model can't be run as asked.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        tokenizer: str | None = None,
+        dtype: str = "auto",
+        device: str = "cpu",
+        kv_cache_dtype: str = "auto",
+        block_size: int = 32,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        kv_cache_memory_bytes: int | None = None,
+        enable_prefix_caching: bool = True,
+        threads: int | None = None,
+        strict_kernels: bool = False,
+        skip_tokenizer_init: bool = False,
+        allow_pickle: bool = False,
+        trust_remote_code: bool = False,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
+        del trust_remote_code  # nothing remote is ever executed, so there is nothing to trust
+        options = {name: value for name, value in locals().items() if name in EngineConfig.__dataclass_fields__}
+        self.engine = load_engine(EngineConfig(**options), progress)
+        self._next_id = 0
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises EightfoldError if the LLM was made without one."""
+        if self.engine.tokenizer is None:
+            raise EightfoldError("this LLM was made with skip_tokenizer_init=True: give token ids instead of text")
+        return self.engine.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Continue each prompt; results in the order of the prompts.
+
+        A prompt is a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}. Parameters are one
+        for all or one each. Progress is shown by default where standard error is a terminal. Raises EightfoldError,
+        with nothing started, if a prompt or its parameters can't be run; a request that fails in the middle comes
+        back with finish_reason "error".
+        """
+        single = isinstance(prompts, (str, Mapping)) or bool(prompts and isinstance(prompts[0], int))
+        listed: Sequence[Any] = [prompts] if single else prompts  # type: ignore[list-item,assignment]
+        return self._run([self._tokens(prompt) for prompt in listed], sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several: each a list of {"role", "content"}."""
+        several = bool(messages) and not isinstance(messages[0], Mapping)
+        conversations: Sequence[Any] = messages if several else [messages]
+        tokenizer = self.get_tokenizer()
+        prompts = []
+        for conversation in conversations:
+            ids = tokenizer.encode_chat(conversation, add_generation_prompt, chat_template)
+            prompts.append((tokenizer.decode(ids, skip_special_tokens=False), ids))
+        return self._run(prompts, sampling_params, use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Continue one prompt, an output for each step that has something new."""
+        params = sampling_params or SamplingParams()
+        name = self._add(*self._tokens(prompt), params)
+        finished = False
+        try:
+            while not finished:
+                for output in self.engine.step():
+                    finished = output.finished
+                    yield output
+        finally:
+            self.engine.abort(name)
+
+    def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            keys = set(prompt)
+            if keys == {"prompt"}:
+                prompt = prompt["prompt"]
+            elif keys <= {"prompt", "prompt_token_ids"} and "prompt_token_ids" in keys:
+                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+            else:
+                raise EightfoldError(f"a prompt has the keys {sorted(keys)}; it must have prompt or prompt_token_ids")
+        if isinstance(prompt, str):
+            return prompt, self.get_tokenizer().encode(prompt)
+        return None, list(prompt)
+
+    def _run(
+        self,
+        prompts: Sequence[tuple[str | None, list[int]]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool | None,
+    ) -> list[RequestOutput]:
+        each = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
+        if len(each) != len(prompts):
+            raise EightfoldError(f"{len(prompts)} prompts but {len(each)} sampling parameters; give one, or one each")
+        names: list[str] = []
+        done: dict[str, RequestOutput] = {}
+        hidden = not (sys.stderr.isatty() if use_tqdm is None else use_tqdm)
+        try:
+            for (text, tokens), one in zip(prompts, each, strict=True):
+                whole = replace(one, output_kind=RequestOutputKind.FINAL_ONLY)
+                names.append(self._add(text, tokens, whole))
+            with tqdm(total=len(names), desc="Prompts", unit="prompt", disable=hidden) as bar:
+                while len(done) < len(names):
+                    for output in self.engine.step():
+                        if output.finished:
+                            done[output.request_id] = output
+                            bar.update()
+        finally:
+            for name in names:
+                self.engine.abort(name)
+        return [done[name] for name in names]
+
+    def _add(self, text: str | None, tokens: list[int], params: SamplingParams) -> str:
+        name = str(self._next_id)
+        self.engine.add(Request(name, tokens, params, text, time.perf_counter()))
+        self._next_id += 1
+        return name

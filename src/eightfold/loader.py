@@ -1,0 +1,115 @@
+"""From an EngineConfig to a running Engine: find the folder, check all of it, then load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from eightfold.checkpoint import Checkpoint, resolve
+from eightfold.config import EngineConfig, ModelConfig, load_model_config
+from eightfold.engine import Engine
+from eightfold.kv_cache import PagePool
+from eightfold.model import Mixtral, Progress, stored_tensors
+from eightfold.ops import Ops, get_ops
+from eightfold.runner import Runner
+from eightfold.scheduler import Scheduler
+from eightfold.tokenizer import Tokenizer
+from eightfold.types import EightfoldError
+
+DTYPES = {
+    "float32": torch.float32,
+    "float": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "half": torch.float16,
+}
+DEFAULT_KV_SHARE = 8  # without a wish, keys and values may take this part of the free memory, or one full context
+
+
+def load_engine(config: EngineConfig, progress: Progress | None = None) -> Engine:
+    """Raises EightfoldError, before anything large is loaded, if the folder, an option or the memory won't do."""
+    check_options(config)
+    folder = resolve(config.model)
+    model_config = load_model_config(folder)
+    tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, folder, model_config)
+    checkpoint = Checkpoint.open(folder, model_config, allow_pickle=config.allow_pickle)
+    checkpoint.check(stored_tensors(model_config))
+    dtype = _named_dtype("dtype", config.dtype, checkpoint.main_dtype)
+    kv_dtype = _named_dtype("kv-cache-dtype", config.kv_cache_dtype, dtype)
+    ops = get_ops(config.device, dtype, config.threads, config.strict_kernels)
+    max_model_len = _context(config, model_config)
+    num_pages = kv_pages(config, model_config, max_model_len, kv_dtype, ops)
+    model = Mixtral.load(model_config, checkpoint, ops, max_model_len, progress)
+    runner = Runner(model, num_pages, config.block_size, kv_dtype)
+    pool = PagePool(num_pages, config.block_size, config.enable_prefix_caching)
+    scheduler = Scheduler(pool, config.max_num_seqs, config.max_num_batched_tokens)
+    return Engine(runner, scheduler, tokenizer, model_config.eos_token_ids, max_model_len, config.seed)
+
+
+def load_tokenizer(config: EngineConfig, folder: Path, model_config: ModelConfig) -> Tokenizer:
+    """The model's tokenizer, or the one that `config.tokenizer` names. Raises EightfoldError if it doesn't fit."""
+    tokenizer = Tokenizer.load(resolve(config.tokenizer) if config.tokenizer else folder)
+    if tokenizer.vocab_size > model_config.vocab_size:
+        raise EightfoldError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {model_config.vocab_size}; they do not "
+            "belong together: give the model's own with --tokenizer"
+        )
+    return tokenizer
+
+
+def check_options(config: EngineConfig) -> None:
+    """Raises EightfoldError on an option outside its range."""
+    for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "threads"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise EightfoldError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one token takes in all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def kv_pages(
+    config: EngineConfig, model_config: ModelConfig, max_model_len: int, kv_dtype: torch.dtype, ops: Ops
+) -> int:
+    """How many pages to hold: `--kv-cache-memory-bytes`, or what serves the options without filling the memory.
+
+    Raises EightfoldError, saying how many tokens fit, if that is less than one sequence of `max_model_len`.
+    """
+    page = config.block_size * kv_bytes_per_token(model_config, kv_dtype)
+    needed = -(-max_model_len // config.block_size)
+    useful = config.max_num_seqs * needed
+    available = ops.available_memory()
+    if config.kv_cache_memory_bytes is None:
+        pages = min(useful, max(needed, available // DEFAULT_KV_SHARE // page))
+    else:
+        pages = min(useful, config.kv_cache_memory_bytes // page)
+    if pages < needed:
+        raise EightfoldError(
+            f"--kv-cache-memory-bytes {config.kv_cache_memory_bytes} holds {pages * config.block_size} tokens, fewer than "
+            f"the context of {max_model_len}: raise it to {needed * page} or lower --max-model-len"
+        )
+    if pages * page > available:
+        raise EightfoldError(
+            f"keys and values of {pages * config.block_size} tokens need {pages * page / 2**30:.1f} GiB but "
+            f"{available / 2**30:.1f} GiB are free, which hold {available // page * config.block_size} tokens: lower "
+            "--max-model-len, or --kv-cache-memory-bytes where it is given"
+        )
+    return pages
+
+
+def _context(config: EngineConfig, model_config: ModelConfig) -> int:
+    limit = model_config.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise EightfoldError(f"--max-model-len is {config.max_model_len}; this model was made for at most {limit} tokens")
+    return config.max_model_len or limit
+
+
+def _named_dtype(option: str, name: str, auto: torch.dtype) -> torch.dtype:
+    if name == "auto":
+        return auto
+    if name not in DTYPES:
+        raise EightfoldError(f"--{option} is {name!r}; it must be auto or one of {', '.join(DTYPES)}")
+    return DTYPES[name]

@@ -1,0 +1,204 @@
+"""All of Mixtral: the table of its weights, and the forward pass over one ragged batch.
+
+Shapes: T tokens of the batch, L logit rows, H hidden, V vocabulary, Hq and Hkv heads of size D, E experts, I expert
+width. Everything that depends on a device or a number format is behind `Ops` and `Scheme`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from eightfold.config import ModelConfig
+from eightfold.ops import Batch, Expert, Ops, Pages, Rope, Weight
+from eightfold.quant import Part, Scheme, get_scheme
+from eightfold.rope import rope_tables
+
+Progress = Callable[[int, int], None]  # (layers done, layers in all)
+
+
+class WeightSpec(NamedTuple):
+    """A weight's axes by name, and whether the checkpoint's scheme applies to it (else it is float)."""
+
+    axes: tuple[str, ...]
+    quantizable: bool = False
+
+
+# Names as Hugging Face has them, layer by layer; `{e}` counts experts.
+TOP: Mapping[str, WeightSpec] = {
+    "model.embed_tokens": WeightSpec(("vocab", "hidden")),
+    "model.norm": WeightSpec(("hidden",)),
+    "lm_head": WeightSpec(("vocab", "hidden")),
+}
+LAYER: Mapping[str, WeightSpec] = {
+    "input_layernorm": WeightSpec(("hidden",)),
+    "self_attn.q_proj": WeightSpec(("heads", "hidden"), True),
+    "self_attn.k_proj": WeightSpec(("kv_heads", "hidden"), True),
+    "self_attn.v_proj": WeightSpec(("kv_heads", "hidden"), True),
+    "self_attn.o_proj": WeightSpec(("hidden", "heads"), True),
+    "post_attention_layernorm": WeightSpec(("hidden",)),
+    "block_sparse_moe.gate": WeightSpec(("experts", "hidden")),
+}
+EXPERT: Mapping[str, WeightSpec] = {
+    "w1": WeightSpec(("width", "hidden"), True),
+    "w2": WeightSpec(("hidden", "width"), True),
+    "w3": WeightSpec(("width", "hidden"), True),
+}
+
+
+def axis_sizes(config: ModelConfig) -> dict[str, int]:
+    """Elements along each axis that the table names."""
+    return {
+        "vocab": config.vocab_size,
+        "hidden": config.hidden_size,
+        "heads": config.num_heads * config.head_dim,
+        "kv_heads": config.num_kv_heads * config.head_dim,
+        "experts": config.num_experts,
+        "width": config.intermediate_size,
+    }
+
+
+def weight_table(config: ModelConfig) -> dict[str, WeightSpec]:
+    """Every weight of the model by its full name, without the last part (".weight")."""
+    table = {name: spec for name, spec in TOP.items() if not (name == "lm_head" and config.tie_word_embeddings)}
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}"
+        table.update({f"{prefix}.{name}": spec for name, spec in LAYER.items()})
+        for expert in range(config.num_experts):
+            moe = f"{prefix}.block_sparse_moe.experts.{expert}"
+            table.update({f"{moe}.{name}": spec for name, spec in EXPERT.items()})
+    return table
+
+
+def stored_tensors(config: ModelConfig) -> dict[str, Part]:
+    """Every tensor that a checkpoint of this model holds, by full name, with the shapes and dtypes it may have."""
+    sizes, dense, scheme = axis_sizes(config), get_scheme("dense"), get_scheme(config.scheme)
+    tensors: dict[str, Part] = {}
+    for name, spec in weight_table(config).items():
+        shape = tuple(sizes[axis] for axis in spec.axes)
+        parts = (scheme if spec.quantizable else dense).stored(shape)  # type: ignore[arg-type]
+        tensors.update({f"{name}.{part}": what for part, what in parts.items()})
+    return tensors
+
+
+class Tensors(Protocol):
+    """Where weights come from: a checkpoint, or random numbers."""
+
+    def names(self) -> Sequence[str]: ...
+
+    def tensor(self, name: str) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A decoder layer; `qkv`, `o` and `experts` are handles of the backend."""
+
+    attention_norm: Tensor  # [H]
+    qkv: Any  # [(Hq + 2·Hkv)·D, H]
+    o: Any  # [H, Hq·D]
+    moe_norm: Tensor  # [H]
+    gate: Tensor  # [E, H]
+    experts: Any
+
+
+class Loader:
+    """Takes weights from a source and prepares them for a backend, one after the other."""
+
+    def __init__(self, config: ModelConfig, source: Tensors, ops: Ops) -> None:
+        self._table = weight_table(config)
+        self._sizes = axis_sizes(config)
+        self._dense, self._scheme = get_scheme("dense"), get_scheme(config.scheme)
+        self._names = frozenset(source.names())
+        self._source = source
+        self._ops = ops
+
+    def tensor(self, name: str) -> Tensor:
+        """A norm, gate or embedding, on the device."""
+        return self._ops.prepare_tensor(self._float(f"{name}.weight"))
+
+    def linear(self, *names: str) -> Any:
+        """A handle for the matrices side by side."""
+        return self._ops.prepare_linear([self._weight(name) for name in names])
+
+    def experts(self, prefix: str, count: int) -> Any:
+        """A handle for a layer's experts."""
+        experts = [[self._weight(f"{prefix}.{e}.{name}") for name in Expert._fields] for e in range(count)]
+        return self._ops.prepare_experts([Expert(*weights) for weights in experts])
+
+    def _float(self, name: str) -> Tensor:
+        """A tensor as the file has it: fp32 arithmetic holds every stored value exactly, so only a narrower compute
+        dtype makes a converted copy."""
+        tensor = self._source.tensor(name)
+        if self._ops.dtype in (torch.float32, tensor.dtype):
+            return tensor
+        return tensor.to(self._ops.dtype)
+
+    def _weight(self, name: str) -> Weight:
+        scheme: Scheme = self._scheme if self._table[name].quantizable else self._dense
+        if scheme is self._dense:
+            return scheme.wrap({"weight": self._float(f"{name}.weight")})
+        shape = tuple(self._sizes[axis] for axis in self._table[name].axes)
+        wanted = scheme.stored(shape)  # type: ignore[arg-type]
+        present = {part: f"{name}.{part}" for part in wanted if f"{name}.{part}" in self._names}
+        return scheme.wrap({part: self._source.tensor(full) for part, full in present.items()})
+
+
+class Mixtral:
+    """The model, ready to run."""
+
+    def __init__(self, config: ModelConfig, ops: Ops, loader: Loader, max_len: int, progress: Progress | None) -> None:
+        self.config = config
+        self.ops = ops
+        cos, sin = rope_tables(config.rope, config.head_dim, max_len)
+        self._rope = Rope(ops.prepare_tensor(cos), ops.prepare_tensor(sin), config.rope.interleaved)
+        self._embedding = loader.tensor("model.embed_tokens")  # [V, H]
+        self._layers = []
+        for number in range(config.num_layers):
+            self._layers.append(self._layer(loader, f"model.layers.{number}"))
+            if progress:
+                progress(number + 1, config.num_layers)
+        self._norm = loader.tensor("model.norm")  # [H]
+        self._head = loader.linear("model.embed_tokens" if config.tie_word_embeddings else "lm_head")  # [V, H]
+
+    @classmethod
+    def load(
+        cls, config: ModelConfig, source: Tensors, ops: Ops, max_len: int, progress: Progress | None = None
+    ) -> Mixtral:
+        """Weights from a source whose tensors have been checked against `stored_tensors(config)`.
+
+        `max_len` is the longest sequence, in tokens. Raises EightfoldError where a scheme finds bad values.
+        """
+        return cls(config, ops, Loader(config, source, ops), max_len, progress)
+
+    def _layer(self, loader: Loader, prefix: str) -> Layer:
+        attention = f"{prefix}.self_attn"
+        return Layer(
+            attention_norm=loader.tensor(f"{prefix}.input_layernorm"),
+            qkv=loader.linear(*(f"{attention}.{name}_proj" for name in "qkv")),
+            o=loader.linear(f"{attention}.o_proj"),
+            moe_norm=loader.tensor(f"{prefix}.post_attention_layernorm"),
+            gate=loader.tensor(f"{prefix}.block_sparse_moe.gate"),
+            experts=loader.experts(f"{prefix}.block_sparse_moe.experts", self.config.num_experts),
+        )
+
+    def forward(self, batch: Batch, pages: Sequence[Pages]) -> Tensor:
+        """One step: writes the batch's keys and values into each layer's pages → logits [L, V] fp32."""
+        ops, config = self.ops, self.config
+        eps, last = config.rms_norm_eps, len(self._layers) - 1
+        x, residual = ops.embed(batch.ids, self._embedding), None  # [T, H]
+        for number, (layer, kv) in enumerate(zip(self._layers, pages, strict=True)):
+            x, residual = ops.rms_norm(x, layer.attention_norm, eps, residual)
+            q = ops.rope_write_kv(ops.linear(x, layer.qkv), self._rope, batch, kv)  # [T, Hq, D]
+            x = ops.attention(q, batch, kv, config.sliding_window)  # [T, Hq·D]
+            if number == last:  # nothing after this reads the other tokens: T becomes L
+                x, residual = x[batch.logit_rows], residual[batch.logit_rows]
+            x = ops.linear(x, layer.o)  # [T, H]
+            x, residual = ops.rms_norm(x, layer.moe_norm, eps, residual)
+            ids, weights = ops.route(x, layer.gate, config.experts_per_token)  # [T, K]
+            x = ops.moe(x, ids, weights, layer.experts)  # [T, H]
+        x, _ = ops.rms_norm(x, self._norm, eps, residual)
+        return ops.linear(x, self._head).float()  # [L, V]
