@@ -25,7 +25,7 @@ def rope_tables(rope: RopeConfig, head_dim: int, positions: int) -> tuple[Tensor
 
 def _frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
     """→ angle per position [head_dim / 2] fp32, and what cosine and sine are multiplied by."""
-    periods = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    periods: Tensor = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     scaling = dict(rope.scaling)
     if rope.kind == "default":
         return 1.0 / periods, 1.0
@@ -65,7 +65,8 @@ def _yarn(periods: Tensor, theta: float, head_dim: int, scaling: dict[str, Any])
     if first == last:
         last += 0.001  # a step instead of a ramp; the division below needs a width
     kept = 1 - ((torch.arange(head_dim // 2, dtype=torch.float32) - first) / (last - first)).clamp(0, 1)
-    return 1.0 / (scaling["factor"] * periods) * (1 - kept) + 1.0 / periods * kept
+    frequencies: Tensor = 1.0 / (scaling["factor"] * periods) * (1 - kept) + 1.0 / periods * kept
+    return frequencies
 
 
 def _yarn_amplitude(scaling: dict[str, Any]) -> float:

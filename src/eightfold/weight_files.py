@@ -56,7 +56,9 @@ def read_index(index: Path) -> dict[str, Path]:
         raise EightfoldError(f"{index} has no weight_map: it does not say which file holds which tensor")
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or name != Path(name).name:
-            raise EightfoldError(f"{index} places tensor {tensor!r} in {name!r}; a file name in its own folder is needed")
+            raise EightfoldError(
+                f"{index} places tensor {tensor!r} in {name!r}; a file name in its own folder is needed"
+            )
     absent = sorted({name for name in weight_map.values() if not (index.parent / name).is_file()})
     if absent:
         more = f" ({len(absent)} files are absent)" if len(absent) > 1 else ""
@@ -70,25 +72,24 @@ def check_complete(files: tuple[Path, ...]) -> None:
     found = {int(number[1]) for number in numbers if number}
     total = max((int(number[2]) for number in numbers if number), default=0)
     for missing in sorted(set(range(1, total + 1)) - found):
-        raise EightfoldError(f"{files[0].parent} lacks file {missing} of {total} of its weights (such as {files[0].name})")
+        raise EightfoldError(
+            f"{files[0].parent} lacks file {missing} of {total} of its weights (such as {files[0].name})"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; raises EightfoldError when the file is absent, unreadable or holds something else."""
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+        return parse_object(path.read_bytes())
     except FileNotFoundError:
         raise EightfoldError(f"no such file: {path}") from None
     except OSError as error:
         raise EightfoldError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise EightfoldError(f"{path} is not valid JSON: {one_line(error)}") from None
-    if not isinstance(value, dict):
-        raise EightfoldError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
+        raise EightfoldError(f"{path} is not valid: {one_line(error)}") from None
 
 
-def parse_header(text: bytes) -> dict[str, Any]:
+def parse_object(text: bytes) -> dict[str, Any]:
     """The JSON object in `text`; raises ValueError or RecursionError on anything else, also on a key given twice."""
     value = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
     if not isinstance(value, dict):

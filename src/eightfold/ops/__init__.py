@@ -174,7 +174,7 @@ class Ops:
         The softmax is over all experts; of equal experts the lower id wins.
         """
         probs = (x.float() @ gate.float().T).softmax(-1)  # [T, E]
-        best, ids = probs.sort(-1, descending=True, stable=True)
+        best, ids = probs.sort(dim=-1, descending=True, stable=True)
         best = best[:, :k]
         return ids[:, :k].int(), best / best.sum(-1, keepdim=True)
 

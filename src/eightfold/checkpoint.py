@@ -1,0 +1,276 @@
+"""A folder's weights under one set of names, whatever the layout of its files. They stay where they are.
+
+Canonical names are Hugging Face's with one tensor an expert: `model.layers.N.block_sparse_moe.experts.E.w1.weight`.
+Other layouts are renamed, and fused tensors cut into views.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from eightfold.config import ModelConfig
+from eightfold.hub import resolve as resolve
+from eightfold.safetensors_file import read_safetensors
+from eightfold.types import EightfoldError
+from eightfold.weight_files import WeightFiles, check_complete, find_weights, one_line, read_index
+
+_LAYER = re.compile(r"(model\.)?layers\.(\d+)\.(.+)")
+_TOUCH_BYTES = 32 << 20
+
+# Mistral's names → ours; those of a layer, then those outside.
+_MISTRAL_LAYER = {
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.gate": "block_sparse_moe.gate",
+}
+_MISTRAL_TOP = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+
+class Expected(Protocol):
+    """What a stored tensor may be: any of these shapes and dtypes; absent only if optional."""
+
+    @property
+    def shapes(self) -> Sequence[tuple[int, ...]]: ...
+
+    @property
+    def dtypes(self) -> Sequence[torch.dtype]: ...
+
+    @property
+    def optional(self) -> bool: ...
+
+
+class Checkpoint:
+    """The tensors of a model folder by canonical name; opening one reads headers only."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], files: Mapping[str, Path]) -> None:
+        self._tensors = dict(tensors)
+        self._files = dict(files)
+
+    @classmethod
+    def open(cls, folder: Path, config: ModelConfig, allow_pickle: bool = False) -> Checkpoint:
+        """The weights in `folder`: safetensors in Hugging Face's or Mistral's layout, or pickles where allowed.
+
+        Raises EightfoldError, naming the file, when there are none, or one is absent, unreadable or truncated.
+        """
+        weights = find_weights(folder)
+        if weights is None:
+            raise EightfoldError(
+                f"{folder} holds no weights: no model.safetensors, model-00001-of-….safetensors or consolidated*.safetensors"
+            )
+        if weights.pickled and not allow_pickle:
+            raise EightfoldError(
+                f"{weights.files[0] if weights.files else weights.index} is a pickle, a format that can carry code; "
+                "--allow-pickle reads it nevertheless (tensors only, never code), or convert it to safetensors"
+            )
+        tensors: dict[str, Tensor] = {}
+        files: dict[str, Path] = {}
+        for stored_name, stored, path in _stored_tensors(weights):
+            for name, tensor in _canonical(stored_name, stored, config, path):
+                if name in tensors:
+                    raise EightfoldError(f"tensor {name!r} is stored twice, in {files[name]} and in {path}")
+                tensors[name], files[name] = tensor, path
+        if config.tie_word_embeddings:
+            _tie(tensors, files)
+        return cls(tensors, files)
+
+    def names(self) -> Sequence[str]:
+        """Canonical names of all tensors."""
+        return tuple(self._tensors)
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of the file, as it is stored; never to be written into. Raises EightfoldError if there is none."""
+        if name not in self._tensors:
+            raise EightfoldError(f"the checkpoint has no tensor {name!r}")
+        return self._tensors[name]
+
+    def check(self, expected: Mapping[str, Expected]) -> None:
+        """Raises EightfoldError unless the tensors are exactly those expected, each of an expected shape and dtype."""
+        missing = [name for name, what in expected.items() if name not in self._tensors and not what.optional]
+        surplus = [name for name in self._tensors if name not in expected]
+        if missing:
+            found = f"; it holds {_first(surplus)}, which this model has not" if surplus else ""
+            shape = _shapes(expected[missing[0]].shapes)
+            raise EightfoldError(f"the checkpoint lacks {_first(missing)}, expected shape {shape}{found}")
+        if surplus:
+            where, shape = self._files[surplus[0]], list(self._tensors[surplus[0]].shape)
+            raise EightfoldError(
+                f"{where} holds {_first(surplus)}, shape {shape}, which a model of this config has not"
+            )
+        for name, tensor in self._tensors.items():
+            what, where = expected[name], self._files[name]
+            if tuple(tensor.shape) not in what.shapes:
+                raise EightfoldError(
+                    f"tensor {name!r} in {where} has shape {list(tensor.shape)}, expected {_shapes(what.shapes)}"
+                )
+            if tensor.dtype not in what.dtypes:
+                dtypes = " or ".join(_dtype_name(dtype) for dtype in what.dtypes)
+                raise EightfoldError(f"tensor {name!r} in {where} is {_dtype_name(tensor.dtype)}, expected {dtypes}")
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def bytes_by_dtype(self) -> dict[torch.dtype, int]:
+        """How much is stored in which dtype, most first."""
+        counts: Counter[torch.dtype] = Counter()
+        for tensor in self._tensors.values():
+            counts[tensor.dtype] += tensor.nbytes
+        return dict(counts.most_common())
+
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """The floating-point dtype that most bytes are stored in; float32 where there is none."""
+        floats = (dtype for dtype in self.bytes_by_dtype() if dtype.is_floating_point and dtype.itemsize >= 2)
+        return next(floats, torch.float32)
+
+    def read_ahead(
+        self, touch: bool = False, threads: int = 4, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Asks the system to read the files into its cache; with `touch`, also waits until every page is there.
+
+        `progress` gets (bytes present, bytes in all) as pages are touched.
+        """
+        for path in sorted(set(self._files.values())):
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        if not touch:
+            return
+        chunks = [chunk for tensor in self._tensors.values() for chunk in _chunks(tensor)]
+        done, total = 0, sum(chunk.nbytes for chunk in chunks)
+        with ThreadPoolExecutor(threads) as pool:
+            for chunk, _ in zip(chunks, pool.map(_touch, chunks), strict=True):
+                done += chunk.nbytes
+                if progress:
+                    progress(done, total)
+
+
+def _chunks(tensor: Tensor) -> Sequence[Tensor]:
+    return tensor.reshape(-1).view(torch.uint8).split(_TOUCH_BYTES) if tensor.numel() else ()
+
+
+def _touch(chunk: Tensor) -> None:
+    chunk[:: os.sysconf("SC_PAGE_SIZE")].max()
+
+
+def _stored_tensors(weights: WeightFiles) -> Iterator[tuple[str, Tensor, Path]]:
+    """Name, tensor and file of everything that is stored, under the names that the files use."""
+    read = _read_pickle if weights.pickled else read_safetensors
+    if weights.index is None:
+        check_complete(weights.files)
+        for path in weights.files:
+            yield from ((name, tensor, path) for name, tensor in read(path).items())
+        return
+    places = read_index(weights.index)
+    for path in sorted(set(places.values())):
+        tensors = read(path)
+        for name, place in places.items():
+            if place == path and name not in tensors:
+                raise EightfoldError(f"{path} lacks tensor {name!r}, though {weights.index.name} lists it there")
+        yield from ((name, tensor, path) for name, tensor in tensors.items() if places.get(name, path) == path)
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file of torch.save, mapped and without running any code from it."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise EightfoldError(f"cannot read {path}: {one_line(error)}") from None
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise EightfoldError(f"{path} holds something other than tensors by name")
+    return state
+
+
+def _canonical(name: str, tensor: Tensor, config: ModelConfig, path: Path) -> Iterator[tuple[str, Tensor]]:
+    """A stored tensor under its canonical name, or the views that a fused one consists of."""
+    in_layer = _LAYER.fullmatch(name)
+    if name.endswith("rotary_emb.inv_freq"):
+        return  # written by early versions of transformers; computed from the config here
+    if in_layer is None:
+        yield _MISTRAL_TOP.get(name, name), tensor
+    elif in_layer[1] is None:
+        yield f"model.layers.{in_layer[2]}.{_mistral_layer_name(in_layer[3], config, path)}", tensor
+    else:
+        rest = in_layer[3].replace("mlp.", "block_sparse_moe.", 1) if in_layer[3].startswith("mlp.") else in_layer[3]
+        if rest.startswith("self_attn.q_proj.") and config.rope.interleaved:
+            raise EightfoldError(
+                f"{path} names tensors as Hugging Face does ({name}) in a folder of Mistral's own layout"
+            )
+        for part, view in _experts(rest, tensor, config, path):
+            yield f"model.layers.{in_layer[2]}.{part}", view
+
+
+def _mistral_layer_name(rest: str, config: ModelConfig, path: Path) -> str:
+    if re.fullmatch(r"block_sparse_moe\.w[123]", rest):
+        raise EightfoldError(
+            f"{path} stacks all experts in one tensor ({rest}), as only the very first release did; "
+            "use the same model as Hugging Face has it (mistralai/Mixtral-8x7B-v0.1)"
+        )
+    if not config.rope.interleaved:
+        raise EightfoldError(f"{path} names tensors as Mistral does ({rest}) in a folder of Hugging Face's layout")
+    module, _, part = rest.rpartition(".")
+    module = re.sub(r"^feed_forward\.experts\.(\d+)\.", r"block_sparse_moe.experts.\1.", module)
+    return f"{_MISTRAL_LAYER.get(module, module)}.{part}"
+
+
+def _experts(rest: str, tensor: Tensor, config: ModelConfig, path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The experts of a fused tensor as views: gate_up_proj holds w1 above w3; anything else comes out as it is."""
+    prefix, _, last = rest.rpartition(".")
+    if last not in ("gate_up_proj", "down_proj") or prefix != "block_sparse_moe.experts":
+        yield rest, tensor
+        return
+    hidden, width = config.hidden_size, config.intermediate_size
+    matrix = (2 * width, hidden) if last == "gate_up_proj" else (hidden, width)
+    expected = (config.num_experts, *matrix)
+    if tuple(tensor.shape) != expected:
+        raise EightfoldError(f"{rest} in {path} has shape {list(tensor.shape)}, expected {list(expected)}")
+    for number, expert in enumerate(tensor):
+        if last == "down_proj":
+            yield f"{prefix}.{number}.w2.weight", expert
+        else:
+            yield f"{prefix}.{number}.w1.weight", expert[:width]
+            yield f"{prefix}.{number}.w3.weight", expert[width:]
+
+
+def _tie(tensors: dict[str, Tensor], files: dict[str, Path]) -> None:
+    """Leaves one of the two tensors that tied embeddings share; it may be stored under either name, or under both."""
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    if head not in tensors:
+        return
+    shared, where = tensors.pop(head), files.pop(head)
+    if embedding not in tensors:
+        tensors[embedding], files[embedding] = shared, where
+    elif not torch.equal(tensors[embedding], shared):
+        raise EightfoldError(
+            f"{where} holds a {head} that differs from {embedding}, though config.json says tie_word_embeddings: true"
+        )
+
+
+def _first(names: Sequence[str]) -> str:
+    """The first of several tensors by name, and how many there are."""
+    return f"tensor {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:
+    return " or ".join(str(list(shape)) for shape in shapes)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,66 @@
+"""From what a user calls a model to a folder on this machine. No torch here."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+
+from eightfold.types import EightfoldError
+from eightfold.weight_files import find_weights, one_line
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_DESCRIPTION = ["*.json", "*.jinja", "tokenizer.model*", "tekken.json"]
+_IN_FOLDERS = ["*/*"]  # copies in other formats lie in folders of their own
+_MISTRAL_WEIGHTS = "consolidated*.safetensors"
+
+
+def resolve(model: str, download: bool = True) -> Path:
+    """A local folder, "demo" (the model that comes with this package), or a name on the Hugging Face hub → its folder.
+
+    A hub model is downloaded unless it is in the hub's cache; with `download` False, or HF_HUB_OFFLINE set, only the
+    cache is looked at. Raises EightfoldError if there is no such model.
+    """
+    if model == "demo":
+        return _demo()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise EightfoldError(f"{model} is a file; a model is a folder, give the one that this file lies in")
+    if not _HUB_NAME.fullmatch(model) or model.startswith("."):
+        raise EightfoldError(f"no such folder: {model!r} (a model is a folder, a hub name like org/name, or demo)")
+    folder = _snapshot(model, [*_DESCRIPTION, "*.safetensors"], [*_IN_FOLDERS, "consolidated*"], download)
+    if find_weights(folder) is None:
+        folder = _snapshot(model, [*_DESCRIPTION, _MISTRAL_WEIGHTS], _IN_FOLDERS, download)
+    return folder
+
+
+def _demo() -> Path:
+    folder = Path(str(resources.files("eightfold"))) / "assets" / "demo"
+    if not folder.is_dir():
+        raise EightfoldError(f"this installation lacks the demo model ({folder})")
+    return folder
+
+
+def _snapshot(model: str, wanted: list[str], unwanted: list[str], download: bool) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            model, allow_patterns=wanted, ignore_patterns=unwanted, local_files_only=not download
+        )
+    except errors.GatedRepoError:
+        raise EightfoldError(
+            f"{model} is gated: accept its terms on https://huggingface.co/{model} and log in with `hf auth login`"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise EightfoldError(f"{model} is neither a folder here nor a model on the hub (or it is private)") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise EightfoldError(
+            f"{model} is neither a folder here nor in the hub's cache, and the hub was not reached: {one_line(error)}"
+        ) from None
+    except Exception as error:  # httpx, requests, OSError, by the version of the library: all mean the same to the user
+        raise EightfoldError(f"cannot get {model} from the hub: {type(error).__name__}: {one_line(error)}") from None
+    return Path(folder)

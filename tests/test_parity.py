@@ -1,0 +1,64 @@
+"""The model against `transformers`: same weights, same logits, same greedy tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import CONFIGS, Bare, save_hf
+
+from eightfold import LLM, SamplingParams
+
+DEVICES = ("torch", "cpu")
+
+
+def prompt(vocab: int, length: int = 90, seed: int = 1) -> list[int]:
+    return torch.randint(0, vocab, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@torch.no_grad()
+def hf_greedy(model: Any, ids: list[int], count: int) -> list[int]:
+    out = model.generate(torch.tensor([ids]), max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+    return out[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fp32_logits_and_64_greedy_tokens(name: str, device: str, tmp_path: Path) -> None:
+    model = save_hf(tmp_path, **CONFIGS[name])
+    ids = prompt(model.config.vocab_size)
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0]
+    got = Bare(tmp_path, device).logits(ids)
+    worst = float((got - expected).abs().max() / expected.abs().max())
+    assert worst <= 2e-4, f"{name}: {worst:.1e} of the largest logit"
+
+    llm = LLM(str(tmp_path), device=device, skip_tokenizer_init=True, max_model_len=256)
+    greedy = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+    assert llm.generate(ids, greedy)[0].outputs[0].token_ids == hf_greedy(model, ids, 64)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["plain", "three-of-five", "odd-sizes"])
+def test_bf16_agrees_where_the_gap_is_wider_than_its_noise(name: str, device: str, tmp_path: Path) -> None:
+    model = save_hf(tmp_path, dtype=torch.bfloat16, **CONFIGS[name])
+    ids = prompt(model.config.vocab_size, 200)
+    with torch.no_grad():
+        exact = model.float()(torch.tensor([ids])).logits[0]  # the same bf16 weights, fp32 arithmetic
+    got = Bare(tmp_path, device, torch.bfloat16).logits(ids)
+    top2 = exact.topk(2).values
+    clear = top2[:, 0] - top2[:, 1] > 0.02 * (exact.max() - exact.min())
+    assert clear.sum() > 50
+    assert torch.equal(got.argmax(-1)[clear], exact.argmax(-1)[clear])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bf16_weights_in_fp32_arithmetic_are_exact(device: str, tmp_path: Path) -> None:
+    model = save_hf(tmp_path, dtype=torch.bfloat16)
+    ids = prompt(model.config.vocab_size)
+    with torch.no_grad():
+        expected = model.float()(torch.tensor([ids])).logits[0]
+    got = Bare(tmp_path, device, torch.float32).logits(ids)
+    assert (got - expected).abs().max() <= 2e-4 * expected.abs().max()
