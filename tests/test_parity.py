@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CONFIGS, Bare, save_hf
+from tiny import CONFIGS, Bare, load_hf, save_hf
 
 from eightfold import LLM, SamplingParams
 
@@ -20,8 +20,13 @@ def prompt(vocab: int, length: int = 90, seed: int = 1) -> list[int]:
 
 @torch.no_grad()
 def hf_greedy(model: Any, ids: list[int], count: int) -> list[int]:
-    out = model.generate(torch.tensor([ids]), max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
-    return out[0, len(ids) :].tolist()
+    """Without `generate`, which would stop at an end-of-sequence token or avoid it."""
+    out = model(torch.tensor([ids]), use_cache=True)
+    tokens = []
+    for _ in range(count):
+        tokens.append(int(out.logits[0, -1].argmax()))
+        out = model(torch.tensor([tokens[-1:]]), past_key_values=out.past_key_values, use_cache=True)
+    return tokens
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -41,24 +46,29 @@ def test_fp32_logits_and_64_greedy_tokens(name: str, device: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["plain", "three-of-five", "odd-sizes"])
+@pytest.mark.parametrize("name", ["all-of-two", "plain", "three-of-five", "odd-sizes"])
 def test_bf16_agrees_where_the_gap_is_wider_than_its_noise(name: str, device: str, tmp_path: Path) -> None:
-    model = save_hf(tmp_path, dtype=torch.bfloat16, **CONFIGS[name])
+    """Where no expert is left out, always. Elsewhere a router's near tie may fall the other way in 16 bits, and then
+    another expert answers: in at most 3 of 100 positions (transformers' own bf16: up to 5 of 100 on these models)."""
+    save_hf(tmp_path, dtype=torch.bfloat16, **CONFIGS[name])
+    model = load_hf(tmp_path)  # the same bf16 weights, fp32 arithmetic
     ids = prompt(model.config.vocab_size, 200)
     with torch.no_grad():
-        exact = model.float()(torch.tensor([ids])).logits[0]  # the same bf16 weights, fp32 arithmetic
+        exact = model(torch.tensor([ids])).logits[0]
     got = Bare(tmp_path, device, torch.bfloat16).logits(ids)
     top2 = exact.topk(2).values
     clear = top2[:, 0] - top2[:, 1] > 0.02 * (exact.max() - exact.min())
     assert clear.sum() > 50
-    assert torch.equal(got.argmax(-1)[clear], exact.argmax(-1)[clear])
+    wrong = int((got.argmax(-1) != exact.argmax(-1))[clear].sum())
+    assert wrong <= (0 if name == "all-of-two" else 0.03 * int(clear.sum()))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_bf16_weights_in_fp32_arithmetic_are_exact(device: str, tmp_path: Path) -> None:
-    model = save_hf(tmp_path, dtype=torch.bfloat16)
+    save_hf(tmp_path, dtype=torch.bfloat16)
+    model = load_hf(tmp_path)
     ids = prompt(model.config.vocab_size)
     with torch.no_grad():
-        expected = model.float()(torch.tensor([ids])).logits[0]
+        expected = model(torch.tensor([ids])).logits[0]
     got = Bare(tmp_path, device, torch.float32).logits(ids)
     assert (got - expected).abs().max() <= 2e-4 * expected.abs().max()

@@ -77,6 +77,15 @@ def save_hf(folder: Path, **options: Any) -> Any:
     return model
 
 
+def load_hf(folder: Path) -> Any:
+    """What `save_hf` wrote, in fp32. (Casting a model to bf16 and back would leave its rotation rounded.)"""
+    import transformers
+
+    model = transformers.MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.set_experts_implementation("eager")
+    return model
+
+
 class Bare:
     """A model without scheduler or tokenizer: token ids → logits of every position."""
 
