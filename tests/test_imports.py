@@ -1,4 +1,4 @@
-"""The import rule of docs/architecture.md, read from the source: imports point down, and torch stays where it belongs."""
+"""The import rule of docs/architecture.md, read from the source: imports point down, torch stays where it belongs."""
 
 from __future__ import annotations
 

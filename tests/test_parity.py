@@ -49,18 +49,19 @@ def test_fp32_logits_and_64_greedy_tokens(name: str, device: str, tmp_path: Path
 @pytest.mark.parametrize("name", ["all-of-two", "plain", "three-of-five", "odd-sizes"])
 def test_bf16_agrees_where_the_gap_is_wider_than_its_noise(name: str, device: str, tmp_path: Path) -> None:
     """Where no expert is left out, always. Elsewhere a router's near tie may fall the other way in 16 bits, and then
-    another expert answers: in at most 3 of 100 positions (transformers' own bf16: up to 5 of 100 on these models)."""
+    another expert answers: in at most 3 of 100 positions, or as many as in transformers' own bf16."""
     save_hf(tmp_path, dtype=torch.bfloat16, **CONFIGS[name])
     model = load_hf(tmp_path)  # the same bf16 weights, fp32 arithmetic
     ids = prompt(model.config.vocab_size, 200)
     with torch.no_grad():
         exact = model(torch.tensor([ids])).logits[0]
+        peer = load_hf(tmp_path, torch.bfloat16)(torch.tensor([ids])).logits[0]
     got = Bare(tmp_path, device, torch.bfloat16).logits(ids)
     top2 = exact.topk(2).values
     clear = top2[:, 0] - top2[:, 1] > 0.02 * (exact.max() - exact.min())
     assert clear.sum() > 50
-    wrong = int((got.argmax(-1) != exact.argmax(-1))[clear].sum())
-    assert wrong <= (0 if name == "all-of-two" else 0.03 * int(clear.sum()))
+    wrong, peer_wrong = (int((logits.argmax(-1) != exact.argmax(-1))[clear].sum()) for logits in (got, peer))
+    assert wrong <= (0 if name == "all-of-two" else max(peer_wrong, 0.03 * int(clear.sum())))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -77,11 +77,11 @@ def save_hf(folder: Path, **options: Any) -> Any:
     return model
 
 
-def load_hf(folder: Path) -> Any:
-    """What `save_hf` wrote, in fp32. (Casting a model to bf16 and back would leave its rotation rounded.)"""
+def load_hf(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """What `save_hf` wrote. (Casting a model to bf16 and back to fp32 would leave its rotation rounded.)"""
     import transformers
 
-    model = transformers.MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = transformers.MixtralForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     model.set_experts_implementation("eager")
     return model
 
