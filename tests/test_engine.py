@@ -12,10 +12,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import save_hf
 
 from eightfold import LLM, EightfoldError, RequestOutput, RequestOutputKind, SamplingParams
 from eightfold.types import Request
+from tiny import save_hf
 
 VOCAB = 320
 BITWISE = {"torch": False, "cpu": True}  # torch's matrix products sum in an order that depends on the batch
@@ -182,6 +182,16 @@ def test_streamed_deltas_add_up(folder: Path) -> None:
     assert [part.finished for part in parts] == [False] * (len(parts) - 1) + [True]
 
 
+def test_an_open_stream_is_not_mixed_up_with_another_request(folder: Path) -> None:
+    llm = make(folder, "cpu")
+    stream = llm.stream([1, 2, 3], GREEDY)
+    next(stream)
+    with pytest.raises(EightfoldError, match="still being streamed"):
+        llm.generate([1, 2, 3], GREEDY)
+    stream.close()
+    assert llm.generate([1, 2, 3], GREEDY)[0].finished
+
+
 def test_length_eos_and_stop_tokens_end_a_request(folder: Path) -> None:
     llm = make(folder, "cpu", max_model_len=40)
     ids = prompts(1, seed=2)[0][:30]
@@ -223,7 +233,9 @@ def test_a_poisoned_request_fails_alone(tmp_path: Path) -> None:
         ({"text": "x"}, {}, "prompt_token_ids"),
     ],
 )
-def test_bad_requests_are_refused_and_leave_nothing(folder: Path, prompt: Any, params: dict[str, Any], words: str) -> None:
+def test_bad_requests_are_refused_and_leave_nothing(
+    folder: Path, prompt: Any, params: dict[str, Any], words: str
+) -> None:
     llm = running(folder)
     with pytest.raises(EightfoldError, match=words):
         llm.generate([[1, 2], prompt], SamplingParams(**params))

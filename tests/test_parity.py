@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CONFIGS, Bare, load_hf, save_hf
 
 from eightfold import LLM, SamplingParams
+from tiny import CONFIGS, Bare, load_hf, save_hf
 
 DEVICES = ("torch", "cpu")
 

@@ -90,7 +90,12 @@ class Bare:
     """A model without scheduler or tokenizer: token ids → logits of every position."""
 
     def __init__(
-        self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32, page_size: int = 16, max_len: int = 256
+        self,
+        folder: Path,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        page_size: int = 16,
+        max_len: int = 256,
     ) -> None:
         config = load_model_config(folder)
         self.page_size = page_size

@@ -73,7 +73,7 @@ class Checkpoint:
         weights = find_weights(folder)
         if weights is None:
             raise EightfoldError(
-                f"{folder} holds no weights: no model.safetensors, model-00001-of-….safetensors or consolidated*.safetensors"
+                f"{folder} holds no weights: no model.safetensors, model-*.safetensors or consolidated*.safetensors"
             )
         if weights.pickled and not allow_pickle:
             raise EightfoldError(
@@ -107,8 +107,8 @@ class Checkpoint:
         surplus = [name for name in self._tensors if name not in expected]
         if missing:
             found = f"; it holds {_first(surplus)}, which this model has not" if surplus else ""
-            shape = _shapes(expected[missing[0]].shapes)
-            raise EightfoldError(f"the checkpoint lacks {_first(missing)}, expected shape {shape}{found}")
+            wanted = _shapes(expected[missing[0]].shapes)
+            raise EightfoldError(f"the checkpoint lacks {_first(missing)}, expected shape {wanted}{found}")
         if surplus:
             where, shape = self._files[surplus[0]], list(self._tensors[surplus[0]].shape)
             raise EightfoldError(
@@ -149,7 +149,7 @@ class Checkpoint:
         `progress` gets (bytes present, bytes in all) as pages are touched.
         """
         for path in sorted(set(self._files.values())):
-            with path.open("rb") as file:
+            with path.open("rb") as file:  # by file, since pickles are mapped by torch
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         if not touch:
             return
@@ -163,7 +163,7 @@ class Checkpoint:
 
 
 def _chunks(tensor: Tensor) -> Sequence[Tensor]:
-    return tensor.reshape(-1).view(torch.uint8).split(_TOUCH_BYTES) if tensor.numel() else ()
+    return torch.split(tensor.reshape(-1).view(torch.uint8), _TOUCH_BYTES) if tensor.numel() else ()
 
 
 def _touch(chunk: Tensor) -> None:
@@ -208,7 +208,7 @@ def _canonical(name: str, tensor: Tensor, config: ModelConfig, path: Path) -> It
     elif in_layer[1] is None:
         yield f"model.layers.{in_layer[2]}.{_mistral_layer_name(in_layer[3], config, path)}", tensor
     else:
-        rest = in_layer[3].replace("mlp.", "block_sparse_moe.", 1) if in_layer[3].startswith("mlp.") else in_layer[3]
+        rest = re.sub(r"^mlp\.", "block_sparse_moe.", in_layer[3])
         if rest.startswith("self_attn.q_proj.") and config.rope.interleaved:
             raise EightfoldError(
                 f"{path} names tensors as Hugging Face does ({name}) in a folder of Mistral's own layout"

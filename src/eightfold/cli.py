@@ -20,18 +20,19 @@ from eightfold.types import EightfoldError
 
 
 class Command(NamedTuple):
-    """A command's line in the list, its options, and what `--help` adds at the end."""
+    """A command's line in the list, its usage, its options, and what `--help` adds at the end."""
 
     summary: str
+    arguments: str
     add_options: Callable[[argparse.ArgumentParser], None]
     epilog: str = ""
 
 
 COMMANDS: dict[str, Command] = {
-    "run": Command("answer prompts, streaming", options.add_run, options.RUN_EPILOG),
-    "chat": Command("talk with the model", options.add_chat, options.CHAT_EPILOG),
-    "info": Command("what a model is, and what it needs on this machine", options.add_info),
-    "make-random": Command("write a checkpoint of random weights, to measure with", options.add_make_random),
+    "run": Command("answer prompts, streaming", "MODEL [PROMPT …]", options.add_run, options.RUN_EPILOG),
+    "chat": Command("talk with the model", "MODEL", options.add_chat, options.CHAT_EPILOG),
+    "info": Command("what a model is, and what it needs on this machine", "MODEL", options.add_info),
+    "make-random": Command("write a checkpoint of random weights, to measure with", "DST", options.add_make_random),
 }
 
 
@@ -86,6 +87,7 @@ def command_parser(name: str) -> argparse.ArgumentParser:
     command = COMMANDS[name]
     parser = Parser(
         prog=f"eightfold {name}",
+        usage=f"eightfold {name} {command.arguments} [options]",
         description=command.summary[0].upper() + command.summary[1:] + ".",
         epilog=command.epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -21,7 +21,6 @@ from eightfold.types import (
     RequestMetrics,
     RequestOutput,
     RequestOutputKind,
-    SamplingParams,
 )
 
 
@@ -173,7 +172,9 @@ class Engine:
         room = self.max_model_len - len(prompt)
         return _Continuation(
             index=index,
-            sequence=Sequence(list(prompt), len(prompt), wants_prompt_logits=params.prompt_logprobs is not None and not index),
+            sequence=Sequence(
+                list(prompt), len(prompt), wants_prompt_logits=params.prompt_logprobs is not None and not index
+            ),
             sampler=SamplerState(params, random.Random(f"{seed}/{index}"), frozenset(prompt), stops),
             detokenizer=detokenizer,
             max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),

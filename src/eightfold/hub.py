@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from importlib import resources
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from eightfold.types import EightfoldError
 from eightfold.weight_files import find_weights, one_line
 
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _DESCRIPTION = ["*.json", "*.jinja", "tokenizer.model*", "tekken.json"]
 _IN_FOLDERS = ["*/*"]  # copies in other formats lie in folders of their own
 _MISTRAL_WEIGHTS = "consolidated*.safetensors"
@@ -23,12 +24,12 @@ def resolve(model: str, download: bool = True) -> Path:
     """
     if model == "demo":
         return _demo()
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(model))  # noqa: PTH111 - Path's own raises where there is no such user
+    if model and path.is_dir():
         return path
-    if path.exists():
+    if model and path.exists():
         raise EightfoldError(f"{model} is a file; a model is a folder, give the one that this file lies in")
-    if not _HUB_NAME.fullmatch(model) or model.startswith("."):
+    if not _HUB_NAME.fullmatch(model):
         raise EightfoldError(f"no such folder: {model!r} (a model is a folder, a hub name like org/name, or demo)")
     folder = _snapshot(model, [*_DESCRIPTION, "*.safetensors"], [*_IN_FOLDERS, "consolidated*"], download)
     if find_weights(folder) is None:

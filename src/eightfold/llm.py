@@ -75,7 +75,7 @@ class LLM:
         back with finish_reason "error".
         """
         single = isinstance(prompts, (str, Mapping)) or bool(prompts and isinstance(prompts[0], int))
-        listed: Sequence[Any] = [prompts] if single else prompts  # type: ignore[list-item,assignment]
+        listed: Sequence[Any] = [prompts] if single else prompts  # type: ignore[assignment]
         return self._run([self._tokens(prompt) for prompt in listed], sampling_params, use_tqdm)
 
     def chat(
@@ -98,8 +98,8 @@ class LLM:
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Continue one prompt, an output for each step that has something new."""
-        params = sampling_params or SamplingParams()
-        name = self._add(*self._tokens(prompt), params)
+        self._check_idle()
+        name = self._add(*self._tokens(prompt), sampling_params or SamplingParams())
         finished = False
         try:
             while not finished:
@@ -113,11 +113,10 @@ class LLM:
         if isinstance(prompt, Mapping):
             keys = set(prompt)
             if keys == {"prompt"}:
-                prompt = prompt["prompt"]
-            elif keys <= {"prompt", "prompt_token_ids"} and "prompt_token_ids" in keys:
+                return self._tokens(str(prompt["prompt"]))
+            if keys <= {"prompt", "prompt_token_ids"} and "prompt_token_ids" in keys:
                 return prompt.get("prompt"), list(prompt["prompt_token_ids"])
-            else:
-                raise EightfoldError(f"a prompt has the keys {sorted(keys)}; it must have prompt or prompt_token_ids")
+            raise EightfoldError(f"a prompt has the keys {sorted(keys)}; it must have prompt or prompt_token_ids")
         if isinstance(prompt, str):
             return prompt, self.get_tokenizer().encode(prompt)
         return None, list(prompt)
@@ -128,6 +127,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool | None,
     ) -> list[RequestOutput]:
+        self._check_idle()
         each = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
         if len(each) != len(prompts):
             raise EightfoldError(f"{len(prompts)} prompts but {len(each)} sampling parameters; give one, or one each")
@@ -148,6 +148,10 @@ class LLM:
             for name in names:
                 self.engine.abort(name)
         return [done[name] for name in names]
+
+    def _check_idle(self) -> None:
+        if self.engine.has_unfinished_requests:
+            raise EightfoldError("an answer of this LLM is still being streamed; read it to its end or close it first")
 
     def _add(self, text: str | None, tokens: list[int], params: SamplingParams) -> str:
         name = str(self._next_id)

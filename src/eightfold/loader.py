@@ -52,8 +52,8 @@ def load_tokenizer(config: EngineConfig, folder: Path, model_config: ModelConfig
     tokenizer = Tokenizer.load(resolve(config.tokenizer) if config.tokenizer else folder)
     if tokenizer.vocab_size > model_config.vocab_size:
         raise EightfoldError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {model_config.vocab_size}; they do not "
-            "belong together: give the model's own with --tokenizer"
+            f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {model_config.vocab_size}; they "
+            "do not belong together: give the model's own with --tokenizer"
         )
     return tokenizer
 
@@ -88,8 +88,8 @@ def kv_pages(
         pages = min(useful, config.kv_cache_memory_bytes // page)
     if pages < needed:
         raise EightfoldError(
-            f"--kv-cache-memory-bytes {config.kv_cache_memory_bytes} holds {pages * config.block_size} tokens, fewer than "
-            f"the context of {max_model_len}: raise it to {needed * page} or lower --max-model-len"
+            f"--kv-cache-memory-bytes {config.kv_cache_memory_bytes} holds {pages * config.block_size} tokens, fewer "
+            f"than the context of {max_model_len}: raise it to {needed * page} or lower --max-model-len"
         )
     if pages * page > available:
         raise EightfoldError(
@@ -103,7 +103,9 @@ def kv_pages(
 def _context(config: EngineConfig, model_config: ModelConfig) -> int:
     limit = model_config.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > limit:
-        raise EightfoldError(f"--max-model-len is {config.max_model_len}; this model was made for at most {limit} tokens")
+        raise EightfoldError(
+            f"--max-model-len is {config.max_model_len}; this model was made for at most {limit} tokens"
+        )
     return config.max_model_len or limit
 
 

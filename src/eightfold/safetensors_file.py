@@ -41,6 +41,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the reference implementation
+_SIZE_LIMIT = 1 << 59  # elements, zeros counted as ones: what torch can have strides for
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
 
@@ -117,23 +118,23 @@ def _read_specs(path: Path, header: dict[str, Any], available: int) -> dict[str,
 
 def _read_spec(path: Path, name: str, entry: object) -> tuple[TensorSpec, int]:
     fields = entry if isinstance(entry, dict) else {}
-    code, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-    if not (_counts(shape) and _counts(offsets) and len(offsets) == 2):
+    code, shape, span = fields.get("dtype"), _counts(fields.get("shape")), _counts(fields.get("data_offsets"))
+    if shape is None or span is None or len(span) != 2 or math.prod(max(x, 1) for x in shape) >= _SIZE_LIMIT:
         raise EightfoldError(f"{path} is malformed: its entry for tensor {name!r} is {in_words(entry)}")
     if not isinstance(code, str) or code not in DTYPES:
         raise EightfoldError(f"{path}: tensor {name!r} is stored as {in_words(code)}, which is not read here")
     spec = TensorSpec(DTYPES[code], tuple(shape))
-    if offsets[1] - offsets[0] != spec.nbytes:
+    if span[1] - span[0] != spec.nbytes:
         raise EightfoldError(
-            f"{path} is malformed: tensor {name!r} {list(shape)} of {code} takes {spec.nbytes} bytes, "
-            f"not the {offsets[1] - offsets[0]} that its offsets span"
+            f"{path} is malformed: tensor {name!r} {shape} of {code} takes {spec.nbytes} bytes, "
+            f"not the {span[1] - span[0]} that its offsets span"
         )
-    return spec, offsets[0]
+    return spec, span[0]
 
 
-def _counts(value: Any) -> bool:
-    """Whether this is a list of whole numbers from 0 that torch can hold."""
-    return isinstance(value, list) and all(type(x) is int and 0 <= x < 1 << 48 for x in value)
+def _counts(value: object) -> list[int] | None:
+    """`value` if it is a list of whole numbers from 0."""
+    return value if isinstance(value, list) and all(type(x) is int and x >= 0 for x in value) else None
 
 
 class SafetensorsWriter:
@@ -174,7 +175,7 @@ class SafetensorsWriter:
             raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, announced as {spec}")
         if spec.nbytes:
             data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            self._write_at(self._start + self._offsets[name], memoryview(data.numpy()))
+            self._write_at(self._start + self._offsets[name], data.numpy().data)
         self._missing.discard(name)
 
     def _write_at(self, offset: int, data: bytes | memoryview) -> None:
@@ -190,23 +191,27 @@ class SafetensorsWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None:
-            self.finish()
-        else:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
             self.discard()
 
     def finish(self) -> None:
         """Gives the file its name. All tensors must have been written."""
         if self._missing:
-            self.discard()
             raise ValueError(f"{self.path} lacks {sorted(self._missing)}")
-        os.close(self._file)
-        self._temporary.replace(self.path)
+        try:
+            self._temporary.replace(self.path)
+        except OSError as error:
+            raise EightfoldError(f"cannot write {self.path}: {error.strerror}") from None
 
     def discard(self) -> None:
-        """Removes what has been written."""
-        os.close(self._file)
-        self._temporary.unlink(missing_ok=True)
+        """Closes the file, and removes what has no name yet."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+            self._temporary.unlink(missing_ok=True)
 
 
 class CheckpointWriter:
@@ -238,7 +243,7 @@ class CheckpointWriter:
             for name, shard in zip(names, shards, strict=True):
                 self._writers.append(SafetensorsWriter(folder / name, shard))
                 self._by_tensor.update(dict.fromkeys(shard, self._writers[-1]))
-        except BaseException:
+        except EightfoldError:
             self._discard()
             raise
 
@@ -250,9 +255,13 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is not None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
             self._discard()
-            return
+
+    def _finish(self) -> None:
         for writer in self._writers:
             writer.finish()
         if len(self._writers) > 1:

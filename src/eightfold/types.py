@@ -67,7 +67,12 @@ class SamplingParams:
     def _check_numbers(self) -> None:
         rules: list[tuple[str, object, bool, str]] = [
             ("n", self.n, _whole(self.n) and self.n >= 1, "a whole number from 1"),
-            ("temperature", self.temperature, _finite(self.temperature) and self.temperature >= 0, "0 (greedy) or more"),
+            (
+                "temperature",
+                self.temperature,
+                _finite(self.temperature) and self.temperature >= 0,
+                "0 (greedy) or more",
+            ),
             ("top_p", self.top_p, _finite(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k, _whole(self.top_k) and self.top_k >= -1, "a whole number, 0 or -1 for no limit"),
             ("min_p", self.min_p, _finite(self.min_p) and 0 <= self.min_p <= 1, "from 0 to 1"),
@@ -87,7 +92,12 @@ class SamplingParams:
             ),
             ("min_tokens", self.min_tokens, _whole(self.min_tokens) and self.min_tokens >= 0, "a whole number from 0"),
             ("logprobs", self.logprobs, _count(self.logprobs), "a whole number from 0, -1 for all, or None"),
-            ("prompt_logprobs", self.prompt_logprobs, _count(self.prompt_logprobs), "a whole number from 0, -1 for all, or None"),
+            (
+                "prompt_logprobs",
+                self.prompt_logprobs,
+                _count(self.prompt_logprobs),
+                "a whole number from 0, -1 for all, or None",
+            ),
             ("seed", self.seed, self.seed is None or _whole(self.seed), "a whole number or None"),
         ]
         for name, value, good, right in rules:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,11 +24,47 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_
 _SPACE = "▁"  # how sentencepiece writes a space
 
 
+class Spellings:
+    """Finds texts that stand for ids in other text; where several begin at one place, the longest."""
+
+    def __init__(self, ids: Mapping[str, int]) -> None:
+        """`ids` maps non-empty texts to what they stand for."""
+        self.text_of = {token: text for text, token in ids.items()}
+        self._ids = dict(ids)
+        # (?!) matches nothing
+        self._pattern = re.compile("|".join(map(re.escape, sorted(ids, key=len, reverse=True))) or "(?!)")
+
+    def split(self, text: str) -> list[str | int]:
+        """Cut a text at its finds: the text between them, and their ids."""
+        pieces: list[str | int] = []
+        end = 0
+        for match in self._pattern.finditer(text):
+            pieces += [text[end : match.start()], self._ids[match.group()]]
+            end = match.end()
+        return [piece for piece in (*pieces, text[end:]) if piece != ""]
+
+    def first(self, texts: Iterable[str]) -> str | None:
+        """The first find in any of several texts."""
+        return next((match.group() for match in map(self._pattern.search, texts) if match), None)
+
+    @cached_property
+    def edges(self) -> frozenset[str]:
+        """The characters with which these texts begin and end, such as < and >, but no letters or digits."""
+        return frozenset(char for text in self._ids for char in (text[0], text[-1]) if not char.isalnum())
+
+    @cached_property
+    def without_edges(self) -> Spellings:
+        """Those that begin and end like words."""
+        return Spellings({text: i for text, i in self._ids.items() if self.edges.isdisjoint((text[0], text[-1]))})
+
+
 class Vocabulary(Protocol):
     """What a tokenizer needs to know of its file."""
 
     size: int  # one more than the highest id
-    controls: Mapping[str, int]  # how each control token is spelt → its id
+    controls: dict[str, int]  # how each control token is spelt → its id
+    bos: str | None  # beginning and end of a sequence as this file alone names them
+    eos: str | None
     strips_space: bool  # one space in front of a decoded text is the tokenizer's, not the text's
 
     def encode(self, pieces: Pieces) -> list[int]:
@@ -80,7 +117,9 @@ def _spelling(value: object, name: str) -> str | None:
     """A token's text, which the files give as a string or as {"content": string}."""
     text = value.get("content") if isinstance(value, dict) else value
     if text is not None and not isinstance(text, str):
-        raise EightfoldError(f"tokenizer_config.json: {name} is {value!r}; it must be a string or hold one as 'content'")
+        raise EightfoldError(
+            f"tokenizer_config.json: {name} is {value!r}; it must be a string or hold one as 'content'"
+        )
     return text or None
 
 
@@ -117,9 +156,13 @@ class JsonVocabulary:
             if isinstance(error, EightfoldError):
                 raise
             raise EightfoldError(f"{path} is not a tokenizer.json: {type(error).__name__}: {error}") from None
-        self.controls = {e["content"]: t for t, e in added.items() if settings.is_control(e["content"], e["special"])}
-        self._pieces = {token: text for text, token in table.items()}
-        self._added = {token: entry["content"] for token, entry in added.items()}
+        self.controls: dict[str, int] = {
+            e["content"]: t for t, e in added.items() if settings.is_control(e["content"], e["special"])
+        }
+        self.bos: str | None = "<s>" if "<s>" in self.controls else None
+        self.eos: str | None = "</s>" if "</s>" in self.controls else None
+        self._pieces: dict[int, str] = {token: text for text, token in table.items()}
+        self._added: dict[int, str] = {token: entry["content"] for token, entry in added.items()}
         self.size = max([*self._pieces, *self._added]) + 1
         nonce = secrets.token_hex(8)
         self._secret = {token: f"\ufdd0{nonce}{token}\ufdd1" for token in self.controls.values()}
@@ -144,7 +187,9 @@ class JsonVocabulary:
             raise EightfoldError(f"{path} is refused by the tokenizers library: {error}") from None
         for entry in data["added_tokens"]:
             if tokenizer.token_to_id(entry["content"]) != entry["id"]:
-                raise EightfoldError(f"{path}: the added token {self._added[entry['id']]!r} can't get its id {entry['id']}")
+                raise EightfoldError(
+                    f"{path}: the added token {self._added[entry['id']]!r} can't get its id {entry['id']}"
+                )
         return tokenizer
 
     def encode(self, pieces: Pieces) -> list[int]:
@@ -165,7 +210,7 @@ def _merge_added(data: dict[str, Any], settings: FolderSettings, path: Path) -> 
         mine = added.setdefault(token, dict(entry))
         if mine["content"] != entry["content"]:
             raise EightfoldError(
-                f"{path} calls token {token} {mine['content']!r}, the files beside it {entry['content']!r}; they must agree"
+                f"{path} calls token {token} {mine['content']!r}, the files beside it {entry['content']!r}"
             )
         mine["special"] = mine["special"] or entry["special"]
     known = {entry["content"] for entry in added.values()}
@@ -196,7 +241,7 @@ def _rename(data: dict[str, Any], names: Mapping[str, str]) -> None:
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
 
 
-def _decoder(decoder: Any, path: Path) -> tuple[Any, bool]:
+def _decoder(decoder: Any, path: Path) -> tuple[Callable[[str], bytes], bool]:
     """How a piece becomes bytes, and whether a decoded text loses one space in front."""
     steps = decoder["decoders"] if decoder and decoder["type"] == "Sequence" else [decoder or {"type": None}]
     kinds = [step["type"] for step in steps]
@@ -227,7 +272,7 @@ def _piece_bytes(piece: str, space: str, has_bytes: bool) -> bytes:
     return piece.replace(space, " ").encode()
 
 
-def _byte_level() -> Any:
+def _byte_level() -> Callable[[str], bytes]:
     """Decoder of byte-level BPE, where printable Latin-1 stands for itself and the other bytes for 256, 257, …"""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in shown]
@@ -258,27 +303,18 @@ class SentencePieceVocabulary:
         for text in settings.special:
             if not model.is_unknown(model.piece_to_id(text)):
                 self.controls[text] = model.piece_to_id(text)
-        ordinary = {}
+        ordinary: dict[str, int] = {}
         for token, entry in settings.added.items():
             kind = self.controls if settings.is_control(entry["content"], entry["special"]) else ordinary
             kind[entry["content"]] = token
-        self._ordinary = {text: token for text, token in ordinary.items() if token >= count}
-        self._split = pattern_of(self._ordinary)
-        self._added = {token: text for text, token in (self.controls | self._ordinary).items()}
-        self._control_ids = frozenset(self.controls.values())
+        self._ordinary = Spellings({text: token for text, token in ordinary.items() if token >= count})
+        self._added = {**{token: text for text, token in self.controls.items()}, **self._ordinary.text_of}
+        # The unknown token may come of text: that is what it is for.
+        self._forbidden = frozenset(self.controls.values()) - {model.unk_id()}
+        self.bos, self.eos = (model.id_to_piece(i) if i >= 0 else None for i in (model.bos_id(), model.eos_id()))
         self._newline = len(model.encode("\n"))
         self.size = max([count - 1, *self._added]) + 1
         self.strips_space = model.id_to_piece(model.encode("x"))[0].startswith(_SPACE)
-
-    @property
-    def bos(self) -> str | None:
-        """How the model file itself spells the beginning of a sequence."""
-        return self._model.id_to_piece(self._model.bos_id()) if self._model.bos_id() >= 0 else None
-
-    @property
-    def eos(self) -> str | None:
-        """How the model file itself spells the end of a sequence."""
-        return self._model.id_to_piece(self._model.eos_id()) if self._model.eos_id() >= 0 else None
 
     def encode(self, pieces: Pieces) -> list[int]:
         ids: list[int] = []
@@ -286,41 +322,25 @@ class SentencePieceVocabulary:
             if isinstance(piece, int):
                 ids.append(piece)
                 continue
-            for part in split(piece, self._split, self._ordinary):
+            for part in self._ordinary.split(piece):
                 ids += [part] if isinstance(part, int) else self._encode_text(part, number == 0 or self._later_prefix)
         return ids
 
     def _encode_text(self, text: str, prefix: bool) -> list[int]:
         # Without the prefix: encode behind a line break, which never joins with what follows, and drop that.
         ids = self._model.encode(text) if prefix else self._model.encode("\n" + text)[self._newline :]
-        if self._control_ids.isdisjoint(ids):
+        if self._forbidden.isdisjoint(ids):
             return list(ids)
-        return [i for token in ids for i in (self._letters(token) if token in self._control_ids else [token])]
+        return [i for token in ids for i in (self._letters(token) if token in self._forbidden else [token])]
 
     def _letters(self, control: int) -> list[int]:
-        """A control that a model file lets text reach (a user-defined symbol), or the unknown token, in letters."""
-        ids = [self._model.piece_to_id(letter) for letter in self._model.id_to_piece(control)]
-        return [token for token in ids if token not in self._control_ids] or [control]
+        """A control that the model file finds in text (a "user-defined symbol"), letter by letter."""
+        return [self._model.piece_to_id(letter) for letter in self._model.id_to_piece(control)]
 
     def token_bytes(self, token: int) -> bytes:
         if token in self._added:
             return self._added[token].encode()
         if not 0 <= token < self._model.get_piece_size():
             return b""
-        return _piece_bytes(self._model.id_to_piece(token), _SPACE, self._model.is_byte(token))
-
-
-def pattern_of(texts: Iterable[str]) -> re.Pattern[str] | None:
-    """Finds any of the texts, the longest where several begin; None if there are none."""
-    alternatives = [re.escape(text) for text in sorted(texts, key=len, reverse=True)]
-    return re.compile("|".join(alternatives)) if alternatives else None
-
-
-def split(text: str, pattern: re.Pattern[str] | None, ids: Mapping[str, int]) -> list[str | int]:
-    """Cut a text at what the pattern finds: the text between, and the ids of the finds."""
-    pieces: list[str | int] = []
-    end = 0
-    for match in pattern.finditer(text) if pattern else ():
-        pieces += [text[end : match.start()], ids[match.group()]]
-        end = match.end()
-    return [piece for piece in (*pieces, text[end:]) if piece != ""]
+        piece: str = self._model.id_to_piece(token)
+        return _piece_bytes(piece, _SPACE, self._model.is_byte(token))

@@ -39,8 +39,11 @@ _KINDS = (
 
 
 def find_weights(folder: Path) -> WeightFiles | None:
-    """The files of `folder` that hold weights, or None; only names are looked at."""
-    names = sorted(path.name for path in folder.iterdir())
+    """The files of `folder` that hold weights, or None; only names are looked at. EightfoldError if unreadable."""
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise EightfoldError(f"cannot read {folder}: {error.strerror}") from None
     for layout, pickled, pattern, index_pattern in _KINDS:
         files = tuple(folder / name for name in names if re.fullmatch(pattern, name))
         indexes = sorted(folder.glob(index_pattern)) if index_pattern else []

@@ -106,7 +106,9 @@ class Ops:
     def new_pages(self, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Pages:
         """Memory for one layer's keys and values; not cleared, so on a CPU it costs nothing until it is written."""
         shape = (num_pages, kv_heads, page_size, head_dim)
-        return Pages(torch.empty(shape, dtype=dtype, device=self.device), torch.empty(shape, dtype=dtype, device=self.device))
+        return Pages(
+            torch.empty(shape, dtype=dtype, device=self.device), torch.empty(shape, dtype=dtype, device=self.device)
+        )
 
     def prepare_tensor(self, tensor: Tensor) -> Tensor:
         """A norm, gate or embedding table as the file has it → where and how the operations below want it."""
@@ -143,7 +145,7 @@ class Ops:
         """qkv [T, (Hq + 2·Hkv)·D] → rotated q [T, Hq, D]; rotated k, and v, are written into the pages."""
         tokens, kv_heads, size, dim = len(qkv), pages.k.shape[1], pages.page_size, pages.k.shape[3]
         heads = qkv.view(tokens, -1, dim)  # [T, Hq + 2·Hkv, D]
-        q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
+        q, k, v = torch.split(heads, [heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
         at = batch.positions.long()
         cos, sin = rope.cos[at][:, None], rope.sin[at][:, None]  # [T, 1, D / 2]
         page, slot = batch.slots // size, batch.slots % size
@@ -162,7 +164,10 @@ class Ops:
             table = batch.page_table[row, : -(-kv_len // pages.page_size)].long()
             k, v = (_gather(p, table, kv_len, heads) for p in (pages.k, pages.v))  # [Hq, kv_len, D]
             scores = q[a:b].float().transpose(0, 1) @ k.transpose(1, 2) / math.sqrt(dim)  # [Hq, n, kv_len]
-            ahead = torch.arange(kv_len, device=q.device)[None] - torch.arange(kv_len - (b - a), kv_len, device=q.device)[:, None]
+            ahead = (
+                torch.arange(kv_len, device=q.device)[None]
+                - torch.arange(kv_len - (b - a), kv_len, device=q.device)[:, None]
+            )
             hidden = ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)  # [n, kv_len]
             probs = scores.masked_fill(hidden, -math.inf).softmax(-1)
             out[a:b] = (probs @ v).transpose(0, 1)
@@ -183,7 +188,7 @@ class Ops:
         experts, in the order of its ids. No token is dropped."""
         parts = torch.empty(*ids.shape, x.shape[1], dtype=torch.float32, device=x.device)  # [T, K, H]
         rounded = x.to(self.dtype)
-        for number in ids.unique().tolist():
+        for number in sorted(set(ids.flatten().tolist())):
             expert = experts[number]
             token, slot = (ids == number).nonzero(as_tuple=True)
             chosen = rounded[token]

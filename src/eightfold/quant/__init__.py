@@ -49,7 +49,7 @@ class Weight(Protocol):
 
 
 class Scheme(Protocol):
-    """How matrices are stored and multiplied. Parts are named as in the file: `<name>.weight`, `<name>.weight_scale`."""
+    """How matrices are stored and multiplied. Parts are named as in files: `<name>.weight`, `<name>.weight_scale`."""
 
     name: str
 
@@ -57,7 +57,7 @@ class Scheme(Protocol):
         """The tensors that a weight of `shape` (out, in) is stored as, by the last part of their names."""
 
     def wrap(self, parts: Mapping[str, Tensor]) -> Weight:
-        """A Weight over stored tensors of the right shapes, without copying them. Raises EightfoldError on bad values."""
+        """A Weight over stored tensors of the right shapes, not copied. Raises EightfoldError on bad values."""
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """A float matrix [out, in] → the tensors to store."""

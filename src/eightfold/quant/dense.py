@@ -39,7 +39,7 @@ class DenseWeight:
             return F.linear(x, self.weight).float()
         wide = x.float()
         rows = max(1, BLOCK_BYTES // (4 * self.shape[1]))
-        return torch.cat([F.linear(wide, block.float()) for block in self.weight.split(rows)], -1)
+        return torch.cat([F.linear(wide, block.float()) for block in torch.split(self.weight, rows)], -1)
 
     def dequantize(self) -> Tensor:
         return self.weight.float()

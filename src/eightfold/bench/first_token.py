@@ -1,0 +1,85 @@
+"""A process that loads a model, answers one prompt and says what that took: `python -m eightfold.bench.first_token`.
+
+Its parent measures the time from its start to the line "first token" on its standard output. What follows is one
+JSON object with its memory and faults, after a longer prompt has run too.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from eightfold.types import EightfoldError
+
+MARK = "first token"
+PROMPT = 8  # tokens of the prompt whose first token is waited for
+SAMPLING_SECONDS = 0.005
+
+
+def first_token(engine: Mapping[str, Any], prompt: int, output_len: int) -> dict[str, Any]:
+    """Run a child → `seconds` to its first token, and its memory while it ran a prompt of `prompt` tokens.
+
+    `engine` are fields of EngineConfig. Raises EightfoldError with the child's last words if it fails.
+    """
+    wish = json.dumps({"engine": dict(engine), "prompt": prompt, "output_len": output_len})
+    start = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, "-m", "eightfold.bench.first_token", wish], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        line = child.stdout.readline()
+        seconds = time.perf_counter() - start
+        rest, errors = child.communicate()
+    if child.returncode or line.strip() != MARK:
+        raise EightfoldError(f"the process that measures loading failed: {(errors.strip() or 'no message').splitlines()[-1]}")
+    return {"seconds": seconds, **json.loads(rest)}
+
+
+class _Watch:
+    """The most anonymous memory that this process holds while the block runs, sampled beside it."""
+
+    def __enter__(self) -> _Watch:
+        self.most = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        from eightfold.bench.probes import memory
+
+        while True:
+            self.most = max(self.most, memory().get("anonymous", 0))
+            if self._done.wait(SAMPLING_SECONDS):
+                return
+
+
+def main(argument: str) -> None:
+    """The child."""
+    from eightfold.bench.measure import Session  # imports torch: part of what is timed
+
+    wish = json.loads(argument)
+    session = Session.open(wish["engine"])
+    session.generate([3] * PROMPT, 1)
+    print(MARK, flush=True)
+
+    from eightfold.bench.probes import major_faults, memory
+
+    with _Watch() as watch:
+        session.generate(list(session.random_prompt(wish["prompt"])), wish["output_len"])
+    used = {"faults": major_faults(), "peak_bytes": memory().get("peak", 0), "anonymous_bytes": watch.most}
+    used["kv_bytes"] = session.kv_bytes(PROMPT + 1) + session.kv_bytes(wish["prompt"] + wish["output_len"])
+    print(json.dumps({**used, "anonymous_beyond_kv_bytes": used["anonymous_bytes"] - used["kv_bytes"]}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,154 @@
+"""`eightfold bench kernels`: each operation of a backend against the machine's limits."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from eightfold.bench.accounting import Peaks
+from eightfold.bench.kernel_cases import TOKENS, Case, Cases, Run, matching
+from eightfold.bench.picture import Point, draw
+from eightfold.bench.probes import Prober, facts
+from eightfold.bench.report import Spread, check_outputs, probe_line, table, write_json
+from eightfold.config import ModelConfig
+from eightfold.ops import get_ops
+from eightfold.types import EightfoldError
+
+SAMPLE_SECONDS = 0.02  # a sample repeats short calls for about this long
+PROBE_SECONDS = 2.0  # probe again after this much measuring
+
+
+@dataclass(frozen=True, slots=True)
+class KernelOptions:
+    """The command's options. `only` is a pattern on the names of cases."""
+
+    threads: int | None = None
+    device: str = "cpu"
+    only: str | None = None
+    repeat: int = 7
+    json: str | None = None
+    png: str | None = None
+    tokens: Sequence[int] = TOKENS
+
+
+@dataclass(slots=True)
+class _Measured:
+    """A case and its samples: (seconds a call, number of the probe before it)."""
+
+    case: Case
+    calls: Sequence[Run]
+    repeats: int
+    samples: list[tuple[float, int]]
+    turn: int = 0
+
+    def sample(self) -> float:
+        """Seconds of one call, the mean of `repeats` on operands in turn."""
+        chosen = [self.calls[(self.turn + i) % len(self.calls)] for i in range(self.repeats)]
+        self.turn += self.repeats
+        start = time.perf_counter()
+        for call in chosen:
+            call()
+        return (time.perf_counter() - start) / self.repeats
+
+
+def run_kernels(options: KernelOptions, config: ModelConfig) -> dict[str, Any]:
+    """Measure, print the table, write JSON and picture → the JSON's content. Raises EightfoldError on bad options."""
+    check_outputs(options.json, options.png)
+    if options.repeat < 1:
+        raise EightfoldError(f"--repeat is {options.repeat}; it must be at least 1")
+    ops = get_ops(options.device, torch.bfloat16, options.threads)
+    cases = matching(Cases(config, ops, options.tokens).all(), options.only)
+    prober = Prober(ops)
+    with torch.inference_mode():
+        measured = _measure(cases, options.repeat, prober)
+    results = [_result(one, prober) for one in measured]
+    report = {"kind": "kernels", **facts(ops), "probes": prober.as_json(), "results": results}
+    _show(results, prober)
+    if options.json:
+        write_json(options.json, report)
+    if options.png:
+        draw(options.png, "Kernels against the machine's limits", _points(measured, prober), _median(prober), True)
+    return report
+
+
+def _measure(cases: Sequence[Case], repeat: int, prober: Prober) -> list[_Measured]:
+    """Samples of every case, in rounds: what is slow for a while is slow for all of them."""
+    show: Callable[..., Any] = lambda over, title: tqdm(over, desc=title, disable=not sys.stderr.isatty(), leave=False)  # noqa: E731
+    measured = [_prepared(case) for case in show(cases, "Preparing")]
+    for _ in show(range(repeat), "Rounds"):
+        reading = prober.take()
+        for one in measured:
+            if time.perf_counter() - prober.times[-1] > PROBE_SECONDS:
+                reading = prober.take()
+            one.samples.append((one.sample(), reading))
+    prober.take()
+    return measured
+
+
+def _prepared(case: Case) -> _Measured:
+    """Operands made, called once to warm up and once to see how long it takes."""
+    one = _Measured(case, case.prepare(), 1, [])
+    one.sample()
+    one.repeats = max(1, min(1000, int(SAMPLE_SECONDS / one.sample())))
+    return one
+
+
+def _result(one: _Measured, prober: Prober) -> dict[str, Any]:
+    work, seconds = one.case.work, [time for time, _ in one.samples]
+    limits = [prober.around(reading) for _, reading in one.samples]
+    shares = [work.limit_seconds(peaks) / time for time, peaks in zip(seconds, limits, strict=True)]
+    middle = _median(prober)
+    return {
+        "name": one.case.name,
+        "operation": one.case.operation,
+        "kind": one.case.kind,
+        "tokens": one.case.tokens,
+        "products": one.case.products,
+        "operations": work.total_operations,
+        "bytes": work.bytes,
+        "seconds": seconds,
+        "seconds_spread": Spread.of(seconds),
+        "gops": work.total_operations / Spread.of(seconds).median / 1e9,
+        "gbs": work.bytes / Spread.of(seconds).median / 1e9,
+        "bound": "compute" if work.compute_seconds(middle) > work.read_seconds(middle) else "memory",
+        "share_of_limit": shares,
+        "share_spread": Spread.of(shares),
+        "probe_moved": [prober.moved(reading) for _, reading in one.samples],
+    }
+
+
+def _show(results: Sequence[dict[str, Any]], prober: Prober) -> None:
+    header = ["kernel", "µs", "GOP/s", "GB/s", "bound by", "of the limit"]
+    rows = [
+        [r["name"], r["seconds_spread"].text(1, 1e6), f"{r['gops']:.1f}", f"{r['gbs']:.1f}", r["bound"], r["share_spread"].percent()]
+        for r in results
+    ]
+    print(table(header, rows))
+    print(probe_line(prober.as_json()))
+    moved = sum(sum(r["probe_moved"]) for r in results)
+    total = sum(len(r["probe_moved"]) for r in results)
+    print(f"{moved} of {total} samples lie between probes that differ by more than 15 %: treat wide ranges with care")
+    print("median (lowest–highest); above 100 % where data was found in a cache, or the machine sped up after a probe")
+
+
+def _points(measured: Sequence[_Measured], prober: Prober) -> list[Point]:
+    points = []
+    for one in measured:
+        work, result = one.case.work, _result(one, prober)
+        group = " ".join([one.case.operation, *one.case.detail.split("/")[:-1][:1]])
+        middle, share = result["seconds_spread"].median, result["share_spread"].median
+        points.append(Point(group, "", one.case.products, work.total_operations, work.bytes, middle, one.case.tokens, share))
+    return points
+
+
+def _median(prober: Prober) -> Peaks:
+    """The medians of a run's probes."""
+    names = prober.readings[0].operations
+    operations = {name: Spread.of([peaks.operations[name] for peaks in prober.readings]).median for name in names}
+    return Peaks(operations, Spread.of([peaks.read for peaks in prober.readings]).median)

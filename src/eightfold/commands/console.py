@@ -1,0 +1,88 @@
+"""What commands show beside answers: progress, notes, statistics. All of it on standard error."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from eightfold.commands.options import engine_options
+from eightfold.types import RequestOutput
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from eightfold.llm import LLM
+
+
+def note(text: str) -> None:
+    print(f"eightfold: note: {text}", file=sys.stderr)
+
+
+def load(args: argparse.Namespace) -> tuple[LLM, float]:
+    """The model that the options describe, and the seconds that loading it took."""
+    if args.trust_remote_code:
+        note("--trust-remote-code has no effect: no code from a checkpoint is ever executed here")
+    with progress("Loading", "layer") as update:
+        from eightfold.llm import LLM  # imports torch, for which a mistake in the arguments should not have to wait
+
+        start = time.perf_counter()
+        llm = LLM(**engine_options(args), progress=update)
+        return llm, time.perf_counter() - start
+
+
+@contextmanager
+def progress(title: str, unit: str, scale: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar that is moved by calls with (done, total), and goes away at the end; none unless on a terminal."""
+    bar: tqdm[None] | None = None
+
+    def update(done: int, total: int) -> None:
+        nonlocal bar
+        bar = bar if bar is not None else new_bar(title, unit, total, scale)
+        bar.update(done - bar.n)
+
+    try:
+        yield update
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def new_bar(title: str, unit: str, total: int, scale: bool = False) -> tqdm[None]:
+    """A progress bar; one that does nothing where standard error is no terminal."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=title, unit=unit, unit_scale=scale, leave=False, disable=not sys.stderr.isatty())
+
+
+def statistics(outputs: Iterable[RequestOutput], seconds: float) -> str:
+    """One line on what was generated in `seconds`: tokens, time to first token, speed.
+
+    The speed of one answer is that of the tokens after its first; of several requests, that of all tokens together.
+    """
+    listed = list(outputs)
+    prompt = sum(len(output.prompt_token_ids) for output in listed)
+    generated = sum(len(one.token_ids) for output in listed for one in output.outputs)
+    cached = sum(output.metrics.num_cached_tokens for output in listed if output.metrics)
+    parts = [f"{prompt} prompt tokens" + f" ({cached} cached)" * bool(cached), f"{generated} output tokens"]
+    firsts = [wait for output in listed if (wait := first_token_seconds(output)) is not None]
+    if firsts:
+        parts.append(f"first token after {sum(firsts) / len(firsts):.3f} s" + (" (mean)" if len(firsts) > 1 else ""))
+    if len(listed) > 1:
+        parts.append(f"{generated / seconds:.1f} tokens/s")
+    elif firsts and generated > 1:
+        parts.append(f"{(generated - len(listed[0].outputs)) / max(seconds - firsts[0], 1e-9):.1f} tokens/s")
+    if any(one.finish_reason == "length" for output in listed for one in output.outputs):
+        parts.append("cut off at the token limit")
+    return " · ".join(parts)
+
+
+def first_token_seconds(output: RequestOutput) -> float | None:
+    """From the request's arrival to its first token."""
+    times = output.metrics
+    if times is None or times.first_token_time is None:
+        return None
+    return times.first_token_time - times.arrival_time

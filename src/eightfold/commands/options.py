@@ -1,0 +1,211 @@
+"""The options of all commands, each defined once, and what they become: `EngineConfig` and `SamplingParams`.
+
+An option has the name of its field in kebab case, and vLLM's name where vLLM has it. No torch here: `--help` needs
+this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import fields
+from typing import Any
+
+from eightfold.config import EngineConfig
+from eightfold.types import SamplingParams
+
+QUESTION = "Who is the CEO of Google?"
+MAX_TOKENS = 512  # for `run`: enough for an answer, and a base model that never stops ends within minutes
+
+RUN_EPILOG = f"""\
+prompts:
+  PROMPT words in quotes, each a prompt of its own; or --prompt-file; or --prompt-token-ids. Without any of them,
+  what is piped in is one prompt (- says so, and waits for it), and without a pipe it is "{QUESTION}".
+  One prompt streams. Several run together as a batch, and are printed as they finish.
+
+chat or text:
+  Where the folder ships a chat template (instruct models and the demo do), a prompt is put to the model as a user's
+  message in that template; else it is text to continue. --chat and --no-chat decide otherwise.
+
+The answer goes to standard output, everything else to standard error."""
+
+CHAT_EPILOG = """\
+in the chat:
+  /reset        forget the conversation (and keep the system prompt)
+  /system TEXT  set the system prompt and start anew; without TEXT there is none
+  /help         list these
+  /quit         end; so does ctrl-D
+  ctrl-C stops an answer; what was said so far stays in the conversation.
+  Text that begins with a space is never a command."""
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B?)", re.IGNORECASE)
+_EXPONENTS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `eightfold run`."""
+    _add_model(parser)
+    parser.add_argument("prompts", nargs="*", default=[], metavar="PROMPT", help="see below")
+    group = parser.add_argument_group("prompts and output")
+    group.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="a prompt a line (- is standard input); in a .jsonl file each line is an object with prompt, "
+        "prompt_token_ids or messages",
+    )
+    group.add_argument(
+        "--prompt-token-ids",
+        metavar="IDS",
+        action="append",
+        type=token_ids,
+        default=[],
+        help='a prompt as token ids, "1,2,3"; may be repeated',
+    )
+    group.add_argument("--system", metavar="TEXT", help="a system prompt before each user's message")
+    group.add_argument("--chat", action=argparse.BooleanOptionalAction, help="use the chat template, or don't")
+    group.add_argument("--json", action="store_true", help="one JSON object a request, with token ids and timings")
+    add_sampling(parser, MAX_TOKENS)
+    add_engine(parser)
+
+
+def add_chat(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `eightfold chat`."""
+    _add_model(parser)
+    parser.add_argument("--system", metavar="TEXT", help="the system prompt")
+    add_sampling(parser, None, single=True)
+    add_engine(parser, text_only=True)
+
+
+def add_info(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `eightfold info`."""
+    _add_model(parser, "; a folder with only a config.json will do")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--device", default=_default("device"), help="whose kernels to list (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", help="compute dtype of these (default: the checkpoint's)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: all cores)")
+
+
+def add_make_random(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `eightfold make-random`."""
+    parser.add_argument("destination", metavar="DST", help="the folder to write; it must be absent or empty")
+    parser.add_argument(
+        "--shape", default="8x7b", help="8x7b (default), 8x22b, or a folder whose config.json to follow"
+    )
+    parser.add_argument("--layers", type=int, metavar="N", help="how many layers (default: the shape's own)")
+    parser.add_argument("--dtype", default="bfloat16", help="float32, bfloat16 or float16 (default: bfloat16)")
+    parser.add_argument("--scheme", default="dense", help="quantization: dense or w8a8 (default: dense)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
+
+
+def add_sampling(parser: argparse.ArgumentParser, max_tokens: int | None, single: bool = False) -> None:
+    """The fields of SamplingParams; `single` leaves out those that make no sense for one streamed answer."""
+    group = parser.add_argument_group("sampling")
+
+    def add(name: str, kind: Any, text: str, default: Any = None, **more: Any) -> None:
+        group.add_argument(f"--{name}", type=kind, default=default, help=text, metavar=more.pop("metavar", "X"), **more)
+
+    limit = "as many as the context holds" if max_tokens is None else str(max_tokens)
+    add("max-tokens", int, f"the most tokens of an answer (default: {limit})", max_tokens, metavar="N")
+    add("min-tokens", int, "the fewest, before which nothing stops it (default: 0)", 0, metavar="N")
+    add("temperature", float, "0 always takes the likeliest token, so answers repeat (default: 0)", 0.0)
+    add("top-k", int, "draw from the K likeliest tokens (default: 0, all)", 0, metavar="K")
+    add("top-p", float, "draw from the likeliest tokens that make up this probability (default: 1)", 1.0, metavar="P")
+    add("min-p", float, "drop tokens below this share of the likeliest's probability (default: 0)", 0.0, metavar="P")
+    add("seed", int, "makes the draw repeatable, whatever runs beside it", metavar="N")
+    add("repetition-penalty", float, "above 1 discourages tokens seen before (default: 1)", 1.0)
+    add("presence-penalty", float, "-2 to 2, off each token already in the answer (default: 0)", 0.0)
+    add("frequency-penalty", float, "-2 to 2, off a token for each time it is in the answer (default: 0)", 0.0)
+    add("stop", str, "end before this text; may be repeated", action="append", metavar="TEXT")
+    add("stop-token-ids", token_ids, 'end at any of these tokens, "2,13"', metavar="IDS")
+    for name, text in (
+        ("ignore-eos", "go on after the end-of-sequence token"),
+        ("include-stop-str-in-output", "keep the stop text in the answer"),
+    ):
+        group.add_argument(f"--{name}", action="store_true", help=text)
+    group.add_argument(
+        "--skip-special-tokens",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="leave control tokens such as </s> out of the text (default: yes)",
+    )
+    if not single:
+        add("n", int, "answers for each prompt (default: 1)", 1, metavar="N")
+        add("logprobs", int, "with --json: log-probabilities of the N likeliest tokens, -1 for all", metavar="N")
+        add("prompt-logprobs", int, "with --json: the same for the prompt", metavar="N")
+
+
+def add_engine(parser: argparse.ArgumentParser, text_only: bool = False) -> None:
+    """The fields of EngineConfig but for `model` and `seed`, and what is accepted for compatibility.
+
+    A `text_only` command can't do without a tokenizer.
+    """
+    group = parser.add_argument_group("engine")
+
+    def add(name: str, kind: Any, text: str, metavar: str) -> None:
+        default = _default(name.replace("-", "_"))
+        shown = "" if default is None else f" (default: {default})"
+        group.add_argument(f"--{name}", type=kind, default=default, help=text + shown, metavar=metavar)
+
+    add("device", str, "cpu (native kernels) or torch (the reference)", "NAME")
+    add("dtype", str, "compute in float32, bfloat16, float16, or as the checkpoint is stored", "NAME")
+    add("threads", int, "threads to compute with (default: all cores)", "N")
+    add("max-model-len", int, "the most tokens of prompt and answer together (default: the model's)", "N")
+    add("max-num-seqs", int, "the most sequences that run at once", "N")
+    add("max-num-batched-tokens", int, "the most tokens of one step; longer prompts go in chunks", "N")
+    add("block-size", int, "tokens in a page of keys and values", "N")
+    add("kv-cache-dtype", str, "how keys and values are kept: float32, bfloat16, float16, or as --dtype", "NAME")
+    add("kv-cache-memory-bytes", size, "memory for keys and values, 4GiB or 512M (default: what is free)", "SIZE")
+    add("tokenizer", str, "folder of another tokenizer (default: the model's)", "FOLDER")
+    group.add_argument("--chat-template", metavar="FILE", help="Jinja file, or the template itself, to use instead")
+    group.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=_default("enable_prefix_caching"),
+        help="reuse keys and values of a beginning seen before (default: yes)",
+    )
+    if not text_only:
+        group.add_argument("--skip-tokenizer-init", action="store_true", help="work on token ids alone")
+    for name, text in (
+        ("strict-kernels", "refuse to run where an operation would fall back to plain torch"),
+        ("allow-pickle", "read .bin weights (with weights_only: no code in them is run)"),
+        ("trust-remote-code", "accepted, and without effect: no code from a checkpoint is ever executed"),
+    ):
+        group.add_argument(f"--{name}", action="store_true", help=text)
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of EngineConfig that were parsed."""
+    names = [field.name for field in fields(EngineConfig) if field.name != "seed"]  # --seed is the requests'
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """Raises EightfoldError on values outside their range."""
+    names = [field.name for field in fields(SamplingParams)]
+    params = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return SamplingParams(**params, detokenize=not getattr(args, "skip_tokenizer_init", False))
+
+
+def size(text: str) -> int:
+    """Bytes: 1048576, 512M, 1.5GiB. As with most tools K, M, G and T count in 1024s; with a B (GB) in 1000s."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or (match[3] and not match[2] and match[3].upper() != "B"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 4GiB, 512M or 1073741824")
+    base = 1000 if match[2] and match[3].upper() == "B" else 1024
+    return int(float(match[1]) * base ** _EXPONENTS[match[2].upper()])
+
+
+def token_ids(text: str) -> list[int]:
+    """Numbers with commas or spaces between."""
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isascii() and word.isdigit() for word in words):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a list of token ids such as "1,2,3"')
+    return [int(word) for word in words]
+
+
+def _add_model(parser: argparse.ArgumentParser, more: str = "") -> None:
+    parser.add_argument("model", metavar="MODEL", help=f"a folder, demo, or a name on the Hugging Face hub{more}")
+
+
+def _default(name: str) -> Any:
+    return next(field.default for field in fields(EngineConfig) if field.name == name)
