@@ -168,6 +168,7 @@ class Engine:
                 skip_special_tokens=params.skip_special_tokens,
                 stop=params.stop or (),
                 include_stop_str_in_output=params.include_stop_str_in_output,
+                min_tokens=params.min_tokens,
             )
         room = self.max_model_len - len(prompt)
         return _Continuation(
