@@ -149,6 +149,7 @@ def test_system_prompt_where_the_template_refuses_it(tmp_path: Path) -> None:
     [
         ([USER, USER], r"refuses message 1 \(role 'user'.*must alternate"),
         ([{"role": "system", "content": "s"}, USER, YES, YES], r"refuses message 3 \(role 'assistant'"),
+        ([{"role": "system", "content": "s"}], r"refuses message 0 \(role 'system'"),
         ([YES], r"refuses message 0 \(role 'assistant'"),
         ([USER, YES] * 20 + [USER, USER] + [YES, USER] * 9, r"refuses message 41 "),
         ([USER, YES, {"role": "tool", "content": "x"}], r"refuses message 2 \(role 'tool'"),

@@ -78,6 +78,13 @@ def test_one_form_of_the_weights_is_downloaded(tmp_path: Path, monkeypatch: pyte
     assert [call["local_files_only"] for call in hub.calls] == [False]
 
 
+def test_a_tokenizer_needs_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = FakeHub(tmp_path, "tokenizer.json", "tokenizer_config.json", "model.safetensors", "consolidated.safetensors")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    resolve("org/name", weights=False)
+    assert hub.downloaded() == {"tokenizer.json", "tokenizer_config.json"}
+
+
 def test_mistral_form_where_there_is_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = ("params.json", "tokenizer.model", "consolidated-00001-of-00001.safetensors")
     hub = FakeHub(tmp_path, *files, "consolidated.safetensors.index.json")

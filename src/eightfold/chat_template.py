@@ -178,7 +178,8 @@ class ChatTemplate:
         while refused - accepted > 1:
             count = (accepted + refused) // 2
             try:
-                if count <= len(chat.messages) and any(m["role"] != "system" for m in chat.messages[:count]):
+                whole = count >= len(chat.messages)  # what begins with system messages alone may go on well
+                if whole or any(message["role"] != "system" for message in chat.messages[:count]):
                     self._run(chat, False, count)
                 accepted = count
             except Exception:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -51,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         command = import_module(f"eightfold.commands.{args.command.replace('-', '_')}")
-        status: int = command.main(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            status: int = command.main(args)
         sys.stdout.flush()
         return status
     except EightfoldError as error:
@@ -120,6 +123,11 @@ def _unknown(word: str, command: str, parser: argparse.ArgumentParser) -> str:
     near = get_close_matches("--" + word.lstrip("-").replace("_", "-"), known, 1)
     hint = f"did you mean {near[0]}?" if near else f"eightfold {command} --help lists its options"
     return f"option {word} is not known; {hint}"
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    """As Python shows a warning, but without the place in the source: it is meant for a user."""
+    print("eightfold: warning:", " ".join(str(message).split()), file=sys.stderr)
 
 
 def _complain(error: object) -> int:

@@ -16,11 +16,12 @@ _IN_FOLDERS = ["*/*"]  # copies in other formats lie in folders of their own
 _MISTRAL_WEIGHTS = "consolidated*.safetensors"
 
 
-def resolve(model: str, download: bool = True) -> Path:
+def resolve(model: str, download: bool = True, weights: bool = True) -> Path:
     """A local folder, "demo" (the model that comes with this package), or a name on the Hugging Face hub → its folder.
 
     A hub model is downloaded unless it is in the hub's cache; with `download` False, or HF_HUB_OFFLINE set, only the
-    cache is looked at. Raises EightfoldError if there is no such model.
+    cache is looked at; with `weights` False only config and tokenizer are got. Raises EightfoldError if there is no
+    such model.
     """
     if model == "demo":
         return _demo()
@@ -31,6 +32,8 @@ def resolve(model: str, download: bool = True) -> Path:
         raise EightfoldError(f"{model} is a file; a model is a folder, give the one that this file lies in")
     if not _HUB_NAME.fullmatch(model):
         raise EightfoldError(f"no such folder: {model!r} (a model is a folder, a hub name like org/name, or demo)")
+    if not weights:
+        return _snapshot(model, _DESCRIPTION, _IN_FOLDERS, download)
     folder = _snapshot(model, [*_DESCRIPTION, "*.safetensors"], [*_IN_FOLDERS, "consolidated*"], download)
     if find_weights(folder) is None:
         folder = _snapshot(model, [*_DESCRIPTION, _MISTRAL_WEIGHTS], _IN_FOLDERS, download)
