@@ -345,7 +345,7 @@ def test_prompt_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ("a.jsonl", '{"prompt": ""}', "prompt is empty"),
         ("a.jsonl", '{"prompt_token_ids": ["a"]}', "must be a list of numbers"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": 3}]}', "content"),
-        ("a.jsonl", '{"prompt": "half \\ud83d"}', "U+D83D"),
+        ("a.jsonl", '{"prompt": "half \\ud83d"}', "not valid Unicode"),
         (
             "a.jsonl",
             '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',

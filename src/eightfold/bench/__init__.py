@@ -1,4 +1,5 @@
 """Benchmarks: `kernels` measures each operation of a backend, `offline` the engine from end to end.
 
-Both say what share of the machine's limits was reached, as probed in the same run. `docs/performance.md` has the method.
+Both say what share of the machine's limits was reached, as probed in the same run. The method is in
+`docs/performance.md`.
 """

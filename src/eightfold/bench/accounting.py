@@ -127,6 +127,10 @@ class Step:
         return Step(self.layers + other.layers, self.attention + other.attention, self.head + other.head)
 
     @property
+    def operations(self) -> float:
+        return sum(part.total_operations for part in (self.layers, self.attention, self.head))
+
+    @property
     def bytes(self) -> float:
         """Weights, keys and values that must be read."""
         return self.layers.bytes + self.attention.bytes + self.head.bytes

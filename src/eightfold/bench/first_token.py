@@ -29,14 +29,19 @@ def first_token(engine: Mapping[str, Any], prompt: int, output_len: int) -> dict
     wish = json.dumps({"engine": dict(engine), "prompt": prompt, "output_len": output_len})
     start = time.perf_counter()
     with subprocess.Popen(
-        [sys.executable, "-m", "eightfold.bench.first_token", wish], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "eightfold.bench.first_token", wish],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as child:
         assert child.stdout is not None
         line = child.stdout.readline()
         seconds = time.perf_counter() - start
         rest, errors = child.communicate()
     if child.returncode or line.strip() != MARK:
-        raise EightfoldError(f"the process that measures loading failed: {(errors.strip() or 'no message').splitlines()[-1]}")
+        raise EightfoldError(
+            f"the process that measures loading failed: {(errors.strip() or 'no message').splitlines()[-1]}"
+        )
     return {"seconds": seconds, **json.loads(rest)}
 
 
@@ -76,7 +81,7 @@ def main(argument: str) -> None:
 
     with _Watch() as watch:
         session.generate(list(session.random_prompt(wish["prompt"])), wish["output_len"])
-    used = {"faults": major_faults(), "peak_bytes": memory().get("peak", 0), "anonymous_bytes": watch.most}
+    used = {"major_faults": major_faults(), "peak_bytes": memory().get("peak", 0), "anonymous_bytes": watch.most}
     used["kv_bytes"] = session.kv_bytes(PROMPT + 1) + session.kv_bytes(wish["prompt"] + wish["output_len"])
     print(json.dumps({**used, "anonymous_beyond_kv_bytes": used["anonymous_bytes"] - used["kv_bytes"]}))
 

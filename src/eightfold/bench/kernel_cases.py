@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from eightfold.bench.accounting import Format, Work, activations, attended, attention, experts, linear, weight_format
+from eightfold.bench.routes import different
 from eightfold.config import ModelConfig
 from eightfold.machine import available_memory
 from eightfold.ops import Batch, Expert, Ops, Pages, Rope, Weight
@@ -113,7 +113,7 @@ class Cases:
         config, weights = self._config, self._format(scheme)
         for tokens in self._tokens:
             choices = [self._choice(tokens) for _ in range(8)]
-            hit = sum(len(ids.unique()) for ids in choices) / len(choices)
+            hit = sum(different(ids) for ids in choices) / len(choices)
             pairs = tokens * config.experts_per_token
             work = experts(pairs, hit, config.hidden_size, config.intermediate_size, weights)
             work += activations(tokens, config.hidden_size, config.hidden_size)
@@ -234,7 +234,9 @@ class Cases:
         """Pages for the largest batch, filled."""
         if dtype not in self._pages:
             config = self._config
-            depths = [depth for depth in (*DEPTHS, *(kv for _, kv in PREFILLS)) if depth <= config.max_position_embeddings]
+            depths = [
+                depth for depth in (*DEPTHS, *(kv for _, kv in PREFILLS)) if depth <= config.max_position_embeddings
+            ]
             needed = max(BATCHES) * max(depths, default=0)
             count = -(-max(needed, max(self._tokens)) // PAGE_SIZE)
             token_bytes = 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
@@ -302,6 +304,5 @@ def afford(size: int, what: str) -> None:
 
 def fill(memory: Tensor, block: Tensor) -> None:
     """Write a block into memory again and again."""
-    for piece in memory.view(-1).split(len(block)):
+    for piece in torch.split(memory.view(-1), len(block)):
         piece.copy_(block[: len(piece)])
-

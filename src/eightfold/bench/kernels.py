@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,13 @@ import torch
 from tqdm import tqdm
 
 from eightfold.bench.accounting import Peaks
-from eightfold.bench.kernel_cases import TOKENS, Case, Cases, Run, matching
+from eightfold.bench.kernel_cases import ROTATION_BYTES, TOKENS, Case, Cases, Run, matching
 from eightfold.bench.picture import Point, draw
 from eightfold.bench.probes import Prober, facts
 from eightfold.bench.report import Spread, check_outputs, probe_line, table, write_json
 from eightfold.config import ModelConfig
 from eightfold.ops import get_ops
+from eightfold.random_checkpoint import SHAPES
 from eightfold.types import EightfoldError
 
 SAMPLE_SECONDS = 0.02  # a sample repeats short calls for about this long
@@ -28,6 +29,7 @@ PROBE_SECONDS = 2.0  # probe again after this much measuring
 class KernelOptions:
     """The command's options. `only` is a pattern on the names of cases."""
 
+    shape: str | ModelConfig = "8x7b"
     threads: int | None = None
     device: str = "cpu"
     only: str | None = None
@@ -35,6 +37,7 @@ class KernelOptions:
     json: str | None = None
     png: str | None = None
     tokens: Sequence[int] = TOKENS
+    rotation_bytes: int = ROTATION_BYTES
 
 
 @dataclass(slots=True)
@@ -57,13 +60,16 @@ class _Measured:
         return (time.perf_counter() - start) / self.repeats
 
 
-def run_kernels(options: KernelOptions, config: ModelConfig) -> dict[str, Any]:
+def run_kernels(options: KernelOptions) -> dict[str, Any]:
     """Measure, print the table, write JSON and picture → the JSON's content. Raises EightfoldError on bad options."""
     check_outputs(options.json, options.png)
     if options.repeat < 1:
         raise EightfoldError(f"--repeat is {options.repeat}; it must be at least 1")
+    if isinstance(options.shape, str) and options.shape not in SHAPES:
+        raise EightfoldError(f"--shape {options.shape!r} is not known; there are {', '.join(SHAPES)}")
+    config = SHAPES[options.shape] if isinstance(options.shape, str) else options.shape
     ops = get_ops(options.device, torch.bfloat16, options.threads)
-    cases = matching(Cases(config, ops, options.tokens).all(), options.only)
+    cases = matching(Cases(config, ops, options.tokens, options.rotation_bytes).all(), options.only)
     prober = Prober(ops)
     with torch.inference_mode():
         measured = _measure(cases, options.repeat, prober)
@@ -79,9 +85,9 @@ def run_kernels(options: KernelOptions, config: ModelConfig) -> dict[str, Any]:
 
 def _measure(cases: Sequence[Case], repeat: int, prober: Prober) -> list[_Measured]:
     """Samples of every case, in rounds: what is slow for a while is slow for all of them."""
-    show: Callable[..., Any] = lambda over, title: tqdm(over, desc=title, disable=not sys.stderr.isatty(), leave=False)  # noqa: E731
-    measured = [_prepared(case) for case in show(cases, "Preparing")]
-    for _ in show(range(repeat), "Rounds"):
+    quiet = not sys.stderr.isatty()
+    measured = [_prepared(case) for case in tqdm(cases, desc="Preparing", disable=quiet, leave=False)]
+    for _ in tqdm(range(repeat), desc="Rounds", disable=quiet, leave=False):
         reading = prober.take()
         for one in measured:
             if time.perf_counter() - prober.times[-1] > PROBE_SECONDS:
@@ -126,7 +132,14 @@ def _result(one: _Measured, prober: Prober) -> dict[str, Any]:
 def _show(results: Sequence[dict[str, Any]], prober: Prober) -> None:
     header = ["kernel", "µs", "GOP/s", "GB/s", "bound by", "of the limit"]
     rows = [
-        [r["name"], r["seconds_spread"].text(1, 1e6), f"{r['gops']:.1f}", f"{r['gbs']:.1f}", r["bound"], r["share_spread"].percent()]
+        [
+            r["name"],
+            r["seconds_spread"].text(1, 1e6),
+            f"{r['gops']:.1f}",
+            f"{r['gbs']:.1f}",
+            r["bound"],
+            r["share_spread"].percent(),
+        ]
         for r in results
     ]
     print(table(header, rows))
@@ -143,7 +156,9 @@ def _points(measured: Sequence[_Measured], prober: Prober) -> list[Point]:
         work, result = one.case.work, _result(one, prober)
         group = " ".join([one.case.operation, *one.case.detail.split("/")[:-1][:1]])
         middle, share = result["seconds_spread"].median, result["share_spread"].median
-        points.append(Point(group, "", one.case.products, work.total_operations, work.bytes, middle, one.case.tokens, share))
+        points.append(
+            Point(group, "", one.case.products, work.total_operations, work.bytes, middle, one.case.tokens, share)
+        )
     return points
 
 

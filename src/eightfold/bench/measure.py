@@ -134,7 +134,13 @@ class Session:
         return str(self._count)
 
     def _sample(
-        self, tokens: int, seconds: float, faults: int, rows: Sequence[list[Row]], logit_rows: Sequence[int], shared: int = 0
+        self,
+        tokens: int,
+        seconds: float,
+        faults: int,
+        rows: Sequence[list[Row]],
+        logit_rows: Sequence[int],
+        shared: int = 0,
     ) -> Sample:
         """`rows` and `logit_rows` of each step."""
         layers, hits = self.model.num_layers, self._routes.take()

@@ -34,7 +34,9 @@ def draw(path: str, title: str, points: Sequence[Point], peaks: Peaks, against_t
         return
     import_module("matplotlib").use("Agg")
     pyplot = import_module("matplotlib.pyplot")
-    figure, axes = pyplot.subplots(1, 2 if against_tokens else 1, figsize=(15 if against_tokens else 9, 6.5), squeeze=False)
+    figure, axes = pyplot.subplots(
+        1, 2 if against_tokens else 1, figsize=(15 if against_tokens else 9, 6.5), squeeze=False
+    )
     markers = {group: MARKERS[i % len(MARKERS)] for i, group in enumerate(dict.fromkeys(p.group for p in points))}
     _roofline(axes[0][0], points, peaks, markers)
     if against_tokens:
@@ -52,9 +54,19 @@ def _roofline(axis: Any, points: Sequence[Point], peaks: Peaks, markers: Mapping
     for name in sorted(used):
         knee, peak = peaks.operations[name] / peaks.read, peaks.operations[name] / 1e9
         axis.plot([low, knee, high], [low * peaks.read / 1e9, peak, peak], color=COLOURS[name], linewidth=1.2)
-        axis.annotate(f"{name} {peak:.0f} GOP/s", (high, peak), ha="right", va="bottom", color=COLOURS[name], fontsize=9)
+        axis.annotate(
+            f"{name} {peak:.0f} GOP/s", (high, peak), ha="right", va="bottom", color=COLOURS[name], fontsize=9
+        )
     slope = (low * 1.6, low * 1.6 * peaks.read / 1e9)
-    axis.annotate(f"read {peaks.read / 1e9:.1f} GB/s", slope, ha="left", va="bottom", fontsize=9, xytext=(0, 12), textcoords="offset points")
+    axis.annotate(
+        f"read {peaks.read / 1e9:.1f} GB/s",
+        slope,
+        ha="left",
+        va="bottom",
+        fontsize=9,
+        xytext=(0, 12),
+        textcoords="offset points",
+    )
     for point, intensity in zip(points, intensities, strict=True):
         place = (intensity, point.operations / point.seconds / 1e9)
         axis.plot(*place, markers[point.group], color=COLOURS[point.products], markersize=6, alpha=0.75)

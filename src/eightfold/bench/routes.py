@@ -32,9 +32,14 @@ class RouteLog:
 
     def take(self) -> list[int]:
         """How many different experts each call since the last `take` chose: layer after layer, step after step."""
-        hits = [len(ids.unique()) for ids in self._chosen]
+        hits = [different(ids) for ids in self._chosen]
         self._chosen = []
         return hits
+
+
+def different(ids: Tensor) -> int:
+    """How many different experts are among the choices."""
+    return len(torch.unique(ids))
 
 
 def watch_routes(engine: Engine) -> RouteLog:

@@ -85,7 +85,7 @@ class Chat:
             request = Request(str(self._count), ids, self._params)
             start = time.perf_counter()
             with stop_on_interrupt() as stopped:
-                output = stream(self._llm.engine, request, stopped)
+                output = stream(self._llm.engine, request, True, stopped)
         except EightfoldError as error:
             self.failed = True
             _tell(f"eightfold: error: {' '.join(str(error).split())}")
@@ -95,8 +95,8 @@ class Chat:
             self.failed = True
             _tell(f"eightfold: error: {output.error}")
             return
-        if one.text:  # an answer stopped before its first word leaves no turn
-            self._turns = [*turns, {"role": "assistant", "content": one.text}]
+        if text := one.text.lstrip():  # templates put the space back; an answer without a word leaves no turn
+            self._turns = [*turns, {"role": "assistant", "content": text}]
         _tell(console.statistics([output], time.perf_counter() - start))
         if one.finish_reason == "length" and len(one.token_ids) >= room:
             _tell(f"the context of {self._llm.engine.max_model_len} tokens is full: /reset starts a new conversation")

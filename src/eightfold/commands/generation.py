@@ -29,26 +29,35 @@ def steps(engine: Engine, requests: Sequence[Request], kind: RequestOutputKind) 
             engine.abort(request.request_id)
 
 
-def stream(engine: Engine, request: Request, stopped: Callable[[], bool] = lambda: False) -> RequestOutput:
+def stream(
+    engine: Engine, request: Request, trim: bool = False, stopped: Callable[[], bool] = lambda: False
+) -> RequestOutput:
     """Print one answer to standard output as it comes → all of it.
 
-    When `stopped` says so the answer ends where it is, with finish_reason "abort".
+    `trim` keeps the space at its start, where a chat template wants one, from the screen. When `stopped` says so the
+    answer ends where it is, with finish_reason "abort".
     """
-    output, whole = None, CompletionOutput(0, "", [])
+    output, ids, texts, started = None, [], [], False
+    by_token = not request.params.detokenize
     running = steps(engine, [request], RequestOutputKind.DELTA)
     for output in running:
         piece = output.outputs[0]
-        gap = " " if whole.token_ids and piece.token_ids else ""
-        print(shown(piece, request, gap), end="", flush=True)
-        whole = replace(piece, text=whole.text + piece.text, token_ids=whole.token_ids + piece.token_ids)
+        fresh = "".join(f" {token}" for token in piece.token_ids) if by_token else piece.text
+        fresh = fresh.lstrip() if (trim or by_token) and not started else fresh
+        print(fresh, end="", flush=True)
+        started = started or bool(fresh)
+        ids += piece.token_ids
+        texts.append(piece.text)
         if stopped() and not output.finished:
-            whole.finish_reason = "abort"
+            piece.finish_reason = "abort"
             running.close()  # frees the request's pages
     print(flush=True)
     assert output is not None  # a request that was added ends with an output
-    return replace(output, outputs=[whole])
+    return replace(output, outputs=[replace(output.outputs[0], text="".join(texts), token_ids=ids)])
 
 
-def shown(one: CompletionOutput, request: Request, gap: str = "") -> str:
+def shown(one: CompletionOutput, request: Request, trim: bool) -> str:
     """An answer as it is printed: its text, or its token ids where there is no tokenizer."""
-    return one.text if request.params.detokenize else gap + " ".join(map(str, one.token_ids))
+    if not request.params.detokenize:
+        return " ".join(map(str, one.token_ids))
+    return one.text.lstrip() if trim else one.text

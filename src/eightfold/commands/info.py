@@ -66,7 +66,7 @@ def gather(args: argparse.Namespace, folder: Path, config: ModelConfig) -> dict[
         "backend": {
             "device": args.device,
             "dtype": _name(dtype),
-            "threads": args.threads or usable_cores(),
+            "threads": getattr(ops, "threads", torch.get_num_threads()),
             "kernels": {op: {scheme: ops.kernel(op, scheme) for scheme in SCHEMES} for op in BY_SCHEME}
             | {op: {"any": ops.kernel(op, "dense")} for op in OTHERS},
         },
@@ -86,7 +86,10 @@ def render(facts: dict[str, Any]) -> str:
         ("context", f"{a['context']:,} tokens"),
         ("parameters", f"{_count(facts['parameters'])}, of which {_count(facts['active_parameters'])} for each token"),
         ("on disk", _stored_text(facts["stored"], a["scheme"])),
-        ("machine", f"{_bytes(machine['memory'])} of memory ({_bytes(machine['free'])} free), {machine['cores']} cores"),
+        (
+            "machine",
+            f"{_bytes(machine['memory'])} of memory ({_bytes(machine['free'])} free), {machine['cores']} cores",
+        ),
     ]
     lines = [f"{name:<12}{value}" for name, value in rows]
     lines += ["", *_memory_table(facts["formats"]), ""]
@@ -154,8 +157,11 @@ def _memory_table(formats: list[dict[str, Any]]) -> list[str]:
         table.append(cells)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    note = f"* this model's own. Weights, one context and {_bytes(footprint.RESERVE)} for the rest; ranks are such machines."
-    return [*lines, note]
+    reserve = _bytes(footprint.RESERVE)
+    return [
+        *lines,
+        f"* this model's own. Counted: weights, one context, {reserve} for the rest; ranks are such machines.",
+    ]
 
 
 def _stored_text(stored: dict[str, Any] | None, scheme: str) -> str:

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eightfold.commands import console
 from eightfold.commands.generation import shown, steps, stream
@@ -20,6 +20,7 @@ from eightfold.types import (
     Request,
     RequestOutput,
     RequestOutputKind,
+    SamplingParams,
 )
 
 if TYPE_CHECKING:
@@ -38,15 +39,12 @@ def main(args: argparse.Namespace) -> int:
         raise EightfoldError("--no-chat leaves no use for --chat-template; give one of them")
     prompts = read_prompts(args)
     llm, load_seconds = console.load(args)
-    requests = [
-        Request(str(number), ids, params, text)
-        for number, (text, ids) in enumerate((_encode(llm, prompt, args) for prompt in prompts), 1)
-    ]
+    jobs = [_job(llm, number, prompt, params, args) for number, prompt in enumerate(prompts, 1)]
     start = time.perf_counter()
-    if len(requests) == 1 and params.n == 1 and not args.json:
-        outputs = [stream(llm.engine, requests[0])]
+    if len(jobs) == 1 and params.n == 1 and not args.json:
+        outputs = [stream(llm.engine, jobs[0].request, jobs[0].is_chat)]
     else:
-        outputs = _run_all(llm.engine, requests, [_title(prompt) for prompt in prompts], args.json)
+        outputs = _run_all(llm.engine, jobs, args.json)
     seconds = time.perf_counter() - start
     for output in outputs:
         if output.error:
@@ -55,17 +53,26 @@ def main(args: argparse.Namespace) -> int:
     return int(any(output.error for output in outputs))
 
 
-def _encode(llm: LLM, prompt: Prompt, args: argparse.Namespace) -> tuple[str | None, list[int]]:
-    """A prompt as text and token ids. Raises EightfoldError if an option contradicts it."""
+class _Job(NamedTuple):
+    """A request, and what its answer's label needs to know."""
+
+    request: Request
+    title: str
+    is_chat: bool
+
+
+def _job(llm: LLM, number: int, prompt: Prompt, params: SamplingParams, args: argparse.Namespace) -> _Job:
+    """Raises EightfoldError if an option contradicts the prompt."""
+    name, title = str(number), _title(prompt)
     if isinstance(prompt, list) and not isinstance(prompt[0], dict):
-        return None, prompt
+        return _Job(Request(name, prompt, params), title, False)
     tokenizer = llm.get_tokenizer()
     if isinstance(prompt, str):
-        as_chat = tokenizer.has_chat_template or args.chat_template is not None if args.chat is None else args.chat
-        if not as_chat and args.system is not None:
+        is_chat = tokenizer.has_chat_template or args.chat_template is not None if args.chat is None else args.chat
+        if not is_chat and args.system is not None:
             raise EightfoldError("--system is for chat; add --chat, or put its text into the prompt")
-        if not as_chat:
-            return prompt, tokenizer.encode(prompt)
+        if not is_chat:
+            return _Job(Request(name, tokenizer.encode(prompt), params, prompt), title, False)
         messages: list[Any] = [{"role": "user", "content": prompt}]
     else:
         if args.chat is False:
@@ -74,16 +81,16 @@ def _encode(llm: LLM, prompt: Prompt, args: argparse.Namespace) -> tuple[str | N
     if args.system is not None and messages[0].get("role") != "system":
         messages = [{"role": "system", "content": args.system}, *messages]
     ids = tokenizer.encode_chat(messages, True, args.chat_template)
-    return tokenizer.decode(ids, skip_special_tokens=False), ids
+    return _Job(Request(name, ids, params, tokenizer.decode(ids, skip_special_tokens=False)), title, True)
 
 
-def _run_all(engine: Engine, requests: list[Request], titles: list[str], as_json: bool) -> list[RequestOutput]:
+def _run_all(engine: Engine, jobs: list[_Job], as_json: bool) -> list[RequestOutput]:
     """Run requests together and print each as it finishes."""
     outputs = []
-    by_name = {request.request_id: (request, title) for request, title in zip(requests, titles, strict=True)}
-    with console.new_bar("Prompts", "prompt", len(requests)) as bar:
-        for output in steps(engine, requests, RequestOutputKind.FINAL_ONLY):
-            text = json.dumps(_as_json(output)) if as_json else _labelled(output, *by_name[output.request_id])
+    by_name = {job.request.request_id: job for job in jobs}
+    with console.new_bar("Prompts", "prompt", len(jobs)) as bar:
+        for output in steps(engine, [job.request for job in jobs], RequestOutputKind.FINAL_ONLY):
+            text = json.dumps(_as_json(output)) if as_json else _labelled(output, by_name[output.request_id])
             bar.write(text, file=sys.stdout)
             sys.stdout.flush()
             bar.update()
@@ -99,12 +106,12 @@ def _title(prompt: Prompt) -> str:
     return line if len(line) <= LABEL_WIDTH else line[: LABEL_WIDTH - 1] + "…"
 
 
-def _labelled(output: RequestOutput, request: Request, title: str) -> str:
+def _labelled(output: RequestOutput, job: _Job) -> str:
     several = len(output.outputs) > 1
     blocks = []
     for one in output.outputs:
         label = f"{output.request_id}.{one.index + 1}" if several else output.request_id
-        blocks.append(f"[{label}] {title}\n{shown(one, request)}\n")
+        blocks.append(f"[{label}] {job.title}\n{shown(one, job.request, job.is_chat)}\n")
     return "\n".join(blocks)
 
 

@@ -1,0 +1,164 @@
+// What the bindings ask of a kernel variant: plain arguments, and one table of functions for each instruction set.
+// Every function is an SPMD job: each thread of the pool calls it with the same arguments and its own Worker.
+#pragma once
+
+#include "core/pool.h"
+#include "core/types.h"
+
+namespace eightfold {
+
+constexpr int64_t kSegment = 1024;    // attention: positions summed in one go; merged at multiples of this only
+constexpr int64_t kKvBlock = 64;      // attention: positions of one softmax step
+constexpr int64_t kQueryRows = 256;   // attention: query rows (tokens × heads of a group) that share a packed block
+
+struct RmsNorm {  // x, residual [tokens, width] → out = norm(x + residual) · weight, total = x + residual
+  const float *x, *residual;  // residual may be null; then total is not written
+  const void* weight;
+  Dtype weight_dtype;
+  float *out, *total;
+  int64_t tokens, width, x_stride, residual_stride;
+  float eps;
+};
+
+struct RopeWrite {
+  const float* qkv;
+  int64_t qkv_stride;
+  const float *cos, *sin;  // [positions, dim / 2]
+  const int32_t* positions;
+  const int64_t* slots;
+  float* q;  // [tokens, heads, dim]
+  void *k, *v;
+  Dtype kv_dtype;
+  int64_t tokens, heads, kv_heads, dim, page_size;
+  int64_t k_strides[3], v_strides[3];  // of page, head, position; in elements
+  bool interleaved;
+};
+
+struct Attention {
+  const float* q;  // [tokens, heads, dim]
+  float* out;      // [tokens, heads · dim]
+  const void *k, *v;
+  Dtype kv_dtype;
+  const int32_t *query_starts, *kv_lens, *page_table;
+  int64_t tokens, rows, table_stride, heads, kv_heads, dim, page_size;
+  int64_t k_strides[3], v_strides[3];
+  int64_t window;      // 0: no limit
+  bool bf16_products;  // the compute dtype is bf16: q and the probabilities may be rounded to it
+  // The plan, made once by the caller:
+  const int64_t* item_starts;  // [rows + 1] first item of each row; an item is a chunk of its tokens for one KV head
+  int64_t chunk;               // tokens of an item
+  int64_t split;               // segments of the longest row if they are items of their own, else 0
+  float* partial;              // split: [tokens, heads, split, dim + 2]
+};
+
+struct Route {
+  const float* x;
+  const void* gate;
+  Dtype gate_dtype;
+  int32_t* ids;
+  float* weights;
+  int64_t tokens, width, x_stride, gate_stride;
+  int experts, chosen;
+};
+
+// Activations as a matrix product reads them: fp32, bf16, or int8 with scales; "rounded": to bf16 before.
+enum class Input : int32_t { f32 = 0, f32_rounded = 1, bf16 = 2, i8 = 3, i8_rounded = 4 };
+constexpr int kInputs = 5;
+
+struct Prepared {
+  char* data = nullptr;  // rows `stride` bytes apart, zero beyond the width
+  int64_t stride = 0;
+  float* scale = nullptr;  // i8: one a row
+  int32_t* sum = nullptr;  // i8: 128 × the sum of a row
+};
+
+constexpr int kMostMatrices = 8;
+
+struct Linear {
+  const float* x;
+  int64_t x_stride, tokens;
+  float* out;
+  int64_t out_stride;
+  int count;
+  Matrix weights[kMostMatrices];
+  Input input[kMostMatrices];
+  Prepared prepared[kInputs];  // by Input; data null where no matrix needs it
+};
+
+struct ExpertWeights {
+  Matrix w1, w2, w3;
+  Input input1, input2, input3;
+};
+
+// Slots are (token, choice) pairs sorted by expert. A group is a run of slots that are computed together, so that the
+// intermediate values of a long prefill need not all exist at once.
+struct MoeSegment {
+  const ExpertWeights* expert;
+  int64_t first, count;  // slots
+};
+
+struct Moe {
+  const float* x;
+  int64_t x_stride, tokens, width, inner;
+  const float* weights;  // [tokens, chosen]
+  int chosen;
+  float* out;  // [tokens, width]
+  const int32_t* slot_token;  // [slots] the token of each slot in sorted order
+  const int32_t* slot_of;     // [tokens · chosen] where a pair went
+  const MoeSegment* segments;
+  const int64_t* group_starts;  // [groups + 1] into segments
+  int64_t groups, slots;
+  Prepared prepared[kInputs];  // x by slot
+  Prepared inner_prepared[kInputs];
+  float* h;      // [slots of the largest group, inner]
+  float* parts;  // [slots, width]
+};
+
+struct ProbeJob {
+  int which;
+  int64_t iterations;
+  const char* data;
+  int64_t bytes;
+  int64_t* sink;
+};
+
+struct Kernels {
+  const char* name;
+  bool bf16_dot;           // has a kernel for Input::bf16
+  int64_t i8_bytes;        // bytes of a quantized activation: 1, or 2 where products need int16
+  void (*rms_norm)(const RmsNorm&, Worker&);
+  void (*rope_write)(const RopeWrite&, Worker&);
+  void (*attention)(const Attention&, Worker&);
+  void (*route)(const Route&, Worker&);
+  void (*linear)(const Linear&, Worker&);
+  void (*moe)(const Moe&, Worker&);
+  // Operations per iteration of a loop over registers (0: int8, 1: bf16, 2: fp32), and that loop; 3: reading memory.
+  double (*probe_operations)(int which);
+  void (*probe)(const ProbeJob&, Worker&);
+};
+
+template <class Args>
+void run(Pool& pool, void (*function)(const Args&, Worker&), const Args& args, bool alone = false) {
+  struct Call {
+    void (*function)(const Args&, Worker&);
+    const Args* args;
+  } call{function, &args};
+  pool.run(
+      [](const void* p, Worker& worker) {
+        const Call* c = static_cast<const Call*>(p);
+        c->function(*c->args, worker);
+      },
+      &call, alone);
+}
+
+// Bytes between rows of prepared activations of `width`. The extra line keeps rows from falling on the same cache sets.
+int64_t prepared_stride(Input input, int64_t width, int64_t i8_bytes);
+
+// The variants in this build, best last, and whether this processor can run them.
+struct Variant {
+  const Kernels* kernels;
+  bool usable;
+};
+const Variant* variants(int* count);
+
+}  // namespace eightfold

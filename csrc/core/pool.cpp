@@ -1,0 +1,192 @@
+#include "core/pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <sys/mman.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace eightfold {
+namespace {
+
+std::atomic<int> forks{0};  // how many times this process's memory went through fork(); threads do not survive that
+
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1); });
+
+inline void pause_cpu() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+// Spins until `ready`, for about `micros`; says whether it became so. Between operations of one step only some tens of
+// microseconds pass, which a sleeping thread would miss; a longer pause must not burn a core.
+template <class Ready>
+bool spin(Ready ready, int micros) {
+  using clock = std::chrono::steady_clock;
+  const auto until = clock::now() + std::chrono::microseconds(micros);
+  do {
+    for (int i = 0; i < 32; i++) {
+      if (ready()) return true;
+      pause_cpu();
+    }
+  } while (clock::now() < until);
+  return ready();
+}
+
+constexpr int kSpinMicros = 200;
+
+// For waits that end soon by nature: spin, then let other threads have the core.
+template <class Ready>
+void spin_then_yield(Ready ready, bool crowded) {
+  if (!crowded && spin(ready, kSpinMicros)) return;
+  while (!ready()) sched_yield();
+}
+
+}  // namespace
+
+struct Pool::Crew {
+  explicit Crew(int count) : crowded(count > usable_cpus()), scratch(count), fork_count(forks.load()) {}
+
+  std::vector<std::thread> threads;
+  const bool crowded;  // more threads than processors: spinning would only keep others from running
+  JobFunction function = nullptr;
+  const void* args = nullptr;
+  int active = 0;
+  bool quit = false;
+  std::mutex sleep_mutex;
+  std::condition_variable wake;
+  std::vector<Buffer> scratch;
+  const int fork_count;
+  alignas(64) std::atomic<uint64_t> job{0};
+  alignas(64) std::atomic<int64_t> item{0};
+  alignas(64) std::atomic<int> done{0};
+  alignas(64) std::atomic<int> arrived{0};
+  std::atomic<uint64_t> phase{0};
+};
+
+Buffer::~Buffer() { std::free(data_); }
+
+char* Buffer::get(size_t bytes) {
+  if (bytes <= size_) return data_;
+  constexpr size_t huge = 2u << 20;
+  const bool large = bytes >= huge;
+  const size_t align = large ? huge : 64;
+  const size_t size = (bytes + align - 1) / align * align;
+  std::free(data_);
+  size_ = 0;
+  data_ = static_cast<char*>(std::aligned_alloc(align, size));
+  if (!data_) throw std::bad_alloc();
+  size_ = size;
+#if defined(MADV_HUGEPAGE)
+  if (large) madvise(data_, size, MADV_HUGEPAGE);  // only a hint: without it the kernels are a little slower
+#endif
+  return data_;
+}
+
+Pool::Pool(int threads) : threads_(threads < 1 ? 1 : threads) { start(); }
+
+Pool::~Pool() { stop(); }
+
+void Pool::start() {
+  Crew* crew = crew_ = new Crew(threads_);
+  for (int id = 1; id < threads_; id++) {
+    crew->threads.emplace_back([this, crew, id] {
+      uint64_t seen = 0;
+      for (;;) {
+        auto called = [&] { return crew->job.load(std::memory_order_acquire) != seen; };
+        if (crew->crowded || !spin(called, kSpinMicros)) {
+          std::unique_lock<std::mutex> lock(crew->sleep_mutex);
+          crew->wake.wait(lock, called);
+        }
+        seen++;
+        if (crew->quit) return;
+        Worker worker(this, id, crew->active);
+        crew->function(crew->args, worker);
+        crew->done.fetch_add(1, std::memory_order_release);
+      }
+    });
+  }
+}
+
+void Pool::stop() {
+  Crew* crew = crew_;
+  crew_ = nullptr;
+  if (!crew) return;
+  if (crew->fork_count != forks.load()) return;  // its threads are not in this process: nothing to join, nothing to free
+  {
+    std::lock_guard<std::mutex> lock(crew->sleep_mutex);
+    crew->quit = true;
+    crew->job.fetch_add(1, std::memory_order_release);
+  }
+  crew->wake.notify_all();
+  for (auto& thread : crew->threads) thread.join();
+  delete crew;
+}
+
+void Pool::run(JobFunction function, const void* args, bool alone) {
+  if (crew_->fork_count != forks.load()) {
+    crew_ = nullptr;  // the parent's; left as it is
+    start();
+  }
+  Crew* crew = crew_;
+  crew->item.store(0, std::memory_order_relaxed);
+  if (alone || threads_ == 1) {
+    crew->active = 1;
+    Worker worker(this, 0, 1);
+    function(args, worker);
+    return;
+  }
+  crew->active = threads_;
+  crew->function = function;
+  crew->args = args;
+  crew->done.store(0, std::memory_order_relaxed);
+  {
+    // Under the lock, or a worker that has just found nothing to do would sleep through this job.
+    std::lock_guard<std::mutex> lock(crew->sleep_mutex);
+    crew->job.fetch_add(1, std::memory_order_release);
+  }
+  crew->wake.notify_all();
+  Worker worker(this, 0, threads_);
+  function(args, worker);
+  spin_then_yield([&] { return crew->done.load(std::memory_order_acquire) == threads_ - 1; }, crew->crowded);
+}
+
+bool Worker::next(int64_t end, int64_t* item) {
+  if (drawn_ < 0) drawn_ = pool_->crew_->item.fetch_add(1, std::memory_order_relaxed);
+  if (drawn_ - base_ >= end) return false;
+  *item = drawn_ - base_;
+  drawn_ = -1;
+  return true;
+}
+
+void Worker::end_phase(int64_t items) {
+  base_ += items;
+  if (count_ == 1) return;
+  Pool::Crew* crew = pool_->crew_;
+  const uint64_t phase = crew->phase.load(std::memory_order_relaxed);
+  if (crew->arrived.fetch_add(1, std::memory_order_acq_rel) == count_ - 1) {
+    crew->arrived.store(0, std::memory_order_relaxed);
+    crew->phase.store(phase + 1, std::memory_order_release);
+  } else {
+    spin_then_yield([&] { return crew->phase.load(std::memory_order_acquire) != phase; }, crew->crowded);
+  }
+}
+
+char* Worker::scratch(size_t bytes) { return pool_->crew_->scratch[id_].get(bytes); }
+
+int usable_cpus() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+  const int count = static_cast<int>(std::thread::hardware_concurrency());
+  return count < 1 ? 1 : count;
+}
+
+}  // namespace eightfold

@@ -1,0 +1,242 @@
+// Paged causal attention of a ragged batch. An item of work is a chunk of one row's tokens with the query heads of one
+// key-value head: their rows share every block of keys and values that is packed.
+//
+// A token's result is the merge, in order, of segments of kSegment positions that start at multiples of kSegment; within
+// a segment, blocks of kKvBlock positions follow each other with a running softmax. Blocks that a token cannot see leave
+// its sums exactly as they are, so it does not matter whether they are visited.
+#include <cmath>
+
+#include "kernels/attention.h"
+
+namespace eightfold::EIGHTFOLD_ISA {
+namespace {
+
+struct Item {
+  int64_t row, head;                // head: of keys and values
+  int64_t token, tokens;            // first token of the batch, and how many
+  int64_t position;                 // of the first token
+  int64_t segment_begin, segment_end;
+  bool partial;
+};
+
+char* carve(char*& from, int64_t count) {
+  char* at = from;
+  from += round_up(count * 4, 64);
+  return at;
+}
+
+template <class P>
+Work<P> lay_out(const Attention& a, Worker& worker) {
+  using Lane = typename P::Lane;
+  Work<P> w;
+  const int64_t rows = a.chunk * (a.heads / a.kv_heads), tiles = (rows + kTileQueries - 1) / kTileQueries;
+  w.dim = a.dim;
+  w.steps = round_up((a.dim + P::kPer - 1) / P::kPer, VL);
+  w.padded = round_up(a.dim, VL);
+  const int64_t sizes[] = {w.steps * kKvBlock,      kKvBlock / P::kPer * w.padded, tiles * w.steps * kTileQueries,
+                           kTileQueries * kKvBlock, kTileQueries * kKvBlock,       rows * w.padded,
+                           rows * w.padded,         rows,                          rows,
+                           rows,                    rows};
+  int64_t bytes = 0;
+  for (const int64_t size : sizes) bytes += round_up(size * 4, 64);
+  char* at = worker.scratch(static_cast<size_t>(bytes));
+  w.keys = reinterpret_cast<Lane*>(carve(at, sizes[0]));
+  w.values = reinterpret_cast<Lane*>(carve(at, sizes[1]));
+  w.queries = reinterpret_cast<Lane*>(carve(at, sizes[2]));
+  w.probabilities = reinterpret_cast<Lane*>(carve(at, sizes[3]));
+  float** const floats[] = {&w.scores, &w.out, &w.total, &w.most, &w.weight, &w.total_most, &w.total_weight};
+  for (int i = 0; i < 7; i++) *floats[i] = reinterpret_cast<float*>(carve(at, sizes[4 + i]));
+  return w;
+}
+
+template <class P>
+void pack_queries(const Attention& a, const Item& item, Work<P>& w) {
+  const int64_t group = a.heads / a.kv_heads, rows = item.tokens * group;
+  for (int64_t i = 0; i < rows; i++) {
+    const float* q = a.q + ((item.token + i / group) * a.heads + item.head * group + i % group) * a.dim;
+    auto* to = w.queries + i / kTileQueries * w.steps * kTileQueries + i % kTileQueries;
+    for (int64_t s = 0; s < w.steps; s++) P::put(to + s * kTileQueries, q + s * P::kPer, a.dim - s * P::kPer);
+  }
+}
+
+// Where the keys and values of a block lie; those from `end` on do not exist.
+template <class P>
+void find_rows(const Attention& a, const Item& item, int64_t block, int64_t end, Work<P>& w) {
+  using T = typename P::Stored;
+  const int32_t* table = a.page_table + item.row * a.table_stride;
+  for (int64_t j = 0; j < kKvBlock; j++) {
+    const int64_t position = block * kKvBlock + j;
+    if (position >= end) {
+      w.key_rows[j] = w.value_rows[j] = nullptr;
+      continue;
+    }
+    const int64_t page = table[position / a.page_size], slot = position % a.page_size;
+    w.key_rows[j] = static_cast<const T*>(a.k) + page * a.k_strides[0] + item.head * a.k_strides[1] + slot * a.k_strides[2];
+    w.value_rows[j] = static_cast<const T*>(a.v) + page * a.v_strides[0] + item.head * a.v_strides[1] + slot * a.v_strides[2];
+  }
+}
+
+// Scores of positions that a query row may not see: ahead of it, or further back than the window.
+template <class P>
+struct Hide {
+  const Attention& a;
+  Work<P>& w;
+  int64_t group, first_row, position, block;  // position: of row 0 of the item
+  void operator()(int rows) const {
+    for (int m = 0; m < rows; m++) {
+      const int64_t own = position + (first_row + m) / group - block * kKvBlock;  // within the block
+      const int64_t low = a.window ? larger<int64_t>(0, own - a.window + 1) : 0;
+      float* scores = w.scores + m * kKvBlock;
+      for (int64_t j = 0; j < smaller(low, kKvBlock); j++) scores[j] = -INFINITY;
+      for (int64_t j = larger<int64_t>(0, own + 1); j < kKvBlock; j++) scores[j] = -INFINITY;
+    }
+  }
+};
+
+template <class P>
+void visit_block(const Attention& a, const Item& item, int64_t block, float scale, Work<P>& w) {
+  const int64_t group = a.heads / a.kv_heads, rows = item.tokens * group, begin = block * kKvBlock;
+  find_rows(a, item, block, item.position + item.tokens, w);
+  pack_block(w);
+  for (int64_t first = 0; first < rows; first += kTileQueries) {
+    const int64_t count = smaller<int64_t>(kTileQueries, rows - first);
+    const int64_t own_first = item.position + first / group, own_last = item.position + (first + count - 1) / group;
+    if (begin > own_last) continue;
+    if (a.window && begin + kKvBlock <= own_first - a.window + 1) continue;
+    const Hide<P> hide{a, w, group, first, item.position, block};
+    switch (count) {
+      case 4: block_tile<P, 4>(w, first, scale, hide); break;
+      case 3: block_tile<P, 3>(w, first, scale, hide); break;
+      case 2: block_tile<P, 2>(w, first, scale, hide); break;
+      default: block_tile<P, 1>(w, first, scale, hide);
+    }
+  }
+}
+
+float power(float x) {
+  float lanes[VL];
+  store(lanes, exp2_of(set1(x)));
+  return lanes[0];
+}
+
+// total += part, both sums of probabilities relative to their own maximum.
+void merge(float* total, float& total_most, float& total_weight, const float* part, float most, float weight, int64_t width) {
+  const float now = larger(total_most, most), keep = power(total_most - now), take = power(most - now);
+  for (int64_t d = 0; d < width; d += VL)
+    store(total + d, add(mul(load(total + d), set1(keep)), mul(load(part + d), set1(take))));
+  total_weight = total_weight * keep + weight * take;
+  total_most = now;
+}
+
+void finish(const float* total, float weight, int64_t dim, float* out) {
+  const vf by = set1(weight);
+  for (int64_t d = 0; d < dim; d += VL)  // adding 0 turns -0 into 0, the one thing that a skipped block could change
+    store_n(out + d, add(div(load(total + d), by), zero()), smaller<int64_t>(VL, dim - d));
+}
+
+template <class P>
+void clear(Work<P>& w, float* out, float* most, float* weight, int64_t rows) {
+  std::memset(out, 0, static_cast<size_t>(rows * w.padded) * sizeof(float));
+  for (int64_t i = 0; i < rows; i++) most[i] = kNothing, weight[i] = 0.f;
+}
+
+int64_t partial_stride(const Attention& a) { return round_up(a.dim, 16) + 16; }
+
+template <class P>
+void run_item(const Attention& a, const Item& item, Work<P>& w) {
+  const int64_t group = a.heads / a.kv_heads, rows = item.tokens * group;
+  const int64_t last = item.position + item.tokens - 1;
+  const int64_t from = a.window ? larger<int64_t>(0, item.position - a.window + 1) : 0;
+  const float scale = 1.44269504f / std::sqrt(static_cast<float>(a.dim));
+  constexpr int64_t blocks = kSegment / kKvBlock;
+  pack_queries(a, item, w);
+  clear(w, w.total, w.total_most, w.total_weight, rows);
+  for (int64_t segment = larger(item.segment_begin, from / kSegment); segment < smaller(item.segment_end, last / kSegment + 1);
+       segment++) {
+    clear(w, w.out, w.most, w.weight, rows);
+    for (int64_t b = larger(segment * blocks, from / kKvBlock); b < smaller((segment + 1) * blocks, last / kKvBlock + 1); b++)
+      visit_block(a, item, b, scale, w);
+    for (int64_t i = 0; i < rows; i++)
+      merge(w.total + i * w.padded, w.total_most[i], w.total_weight[i], w.out + i * w.padded, w.most[i], w.weight[i], w.padded);
+  }
+  for (int64_t i = 0; i < rows; i++) {
+    const int64_t at = (item.token + i / group) * a.heads + item.head * group + i % group;
+    if (!item.partial) {
+      finish(w.total + i * w.padded, w.total_weight[i], a.dim, a.out + at * a.dim);
+      continue;
+    }
+    float* to = a.partial + (at * a.split + item.segment_begin) * partial_stride(a);
+    to[0] = w.total_most[i];
+    to[1] = w.total_weight[i];
+    std::memcpy(to + 16, w.total + i * w.padded, static_cast<size_t>(w.padded) * sizeof(float));
+  }
+}
+
+// Items are numbered row by row, in a row by chunk and then by head; long ones last, so the count runs backwards.
+Item find_item(const Attention& a, int64_t number) {
+  int64_t low = 0, high = a.rows - 1;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (a.item_starts[middle] <= number) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  const int64_t start = a.query_starts[low], count = a.query_starts[low + 1] - start;
+  const int64_t within = number - a.item_starts[low], first = within / a.kv_heads * a.chunk;
+  Item item;
+  item.row = low;
+  item.head = within % a.kv_heads;
+  item.token = start + first;
+  item.tokens = smaller(a.chunk, count - first);
+  item.position = a.kv_lens[low] - count + first;
+  return item;
+}
+
+void merge_partials(const Attention& a, int64_t at, float* total) {
+  const int64_t width = round_up(a.dim, 16), stride = partial_stride(a);
+  float most = kNothing, weight = 0.f;
+  std::memset(total, 0, static_cast<size_t>(width) * sizeof(float));
+  for (int64_t s = 0; s < a.split; s++) {
+    const float* part = a.partial + (at * a.split + s) * stride;
+    merge(total, most, weight, part + 16, part[0], part[1], round_up(a.dim, VL));
+  }
+  finish(total, weight, a.dim, a.out + at * a.dim);
+}
+
+template <class P>
+void all_items(const Attention& a, Worker& worker) {
+  Work<P> w = lay_out<P>(a, worker);
+  const int64_t chunks = a.item_starts[a.rows], items = a.split ? chunks * a.split : chunks;
+  int64_t number;
+  while (worker.next(items, &number)) {
+    number = items - 1 - number;
+    Item item = find_item(a, a.split ? number / a.split : number);
+    item.partial = a.split > 0;
+    item.segment_begin = a.split ? number % a.split : 0;
+    item.segment_end = a.split ? item.segment_begin + 1 : INT64_MAX;
+    run_item(a, item, w);
+  }
+  worker.end_phase(items);
+  if (!a.split) return;
+  int64_t at;
+  while (worker.next(a.tokens * a.heads, &at)) merge_partials(a, at, w.total);
+  worker.end_phase(a.tokens * a.heads);
+}
+
+}  // namespace
+
+void attention(const Attention& a, Worker& worker) {
+#if EIGHTFOLD_LEVEL >= 3
+  if (a.kv_dtype == Dtype::bf16 && a.bf16_products) return all_items<PairProducts>(a, worker);
+#endif
+  switch (a.kv_dtype) {
+    case Dtype::f32: return all_items<FloatProducts<float>>(a, worker);
+    case Dtype::bf16: return all_items<FloatProducts<bf16>>(a, worker);
+    case Dtype::f16: return all_items<FloatProducts<f16>>(a, worker);
+    case Dtype::i8: return;
+  }
+}
+
+}  // namespace eightfold::EIGHTFOLD_ISA

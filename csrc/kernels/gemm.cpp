@@ -1,0 +1,120 @@
+#include "kernels/gemm.h"
+
+namespace eightfold::EIGHTFOLD_ISA {
+namespace {
+
+template <class T>
+void prepare_float(const float* x, int64_t width, char* to, int64_t bytes, bool round) {
+  T* out = reinterpret_cast<T*>(to);
+  int64_t i = 0;
+  for (; i + VL <= width; i += VL) store(out + i, round ? rounded_to_bf16(load(x + i)) : load(x + i));
+  if (i < width) {
+    const vf rest = load_n(x + i, width - i);
+    store(out + i, round ? rounded_to_bf16(rest) : rest);
+    i += VL;
+  }
+  for (; (i + VL) * static_cast<int64_t>(sizeof(T)) <= bytes; i += VL) store(out + i, zero());
+}
+
+// Symmetric by row: scale = absmax / 127, rounded half to even. Rows that are zero (or so small that 1 / scale would
+// not be finite) become zeros; a row with an infinity or a NaN gets the scale NaN, so that its results show it.
+template <bool kRound>
+void prepare_int8(const float* x, int64_t width, const Prepared& to, int64_t row) {
+  const auto load_x = [&](int64_t at) EF_LAMBDA {
+    const vf a = at + VL <= width ? load(x + at) : load_n(x + at, width - at);
+    return kRound ? rounded_to_bf16(a) : a;
+  };
+  quantized* out = reinterpret_cast<quantized*>(to.data + row * to.stride);
+  vf most = zero(), bad = zero();
+  for (int64_t i = 0; i < width; i += VL) {
+    const vf a = load_x(i);
+    most = largest(most, absolute(a));
+    bad = fma(a, zero(), bad);  // NaN from the first infinity or NaN on, else 0
+  }
+  const bool finite = sum(bad) == 0.f;
+  const float absmax = finite ? largest_of(most) : 0.f;
+  const bool empty = absmax < 1e-30f;
+  const vf inverse = set1(empty ? 0.f : 127.f / absmax);
+  vi total = set1_int(0);
+  int64_t k = 0;
+  for (; k < width; k += VL) {
+    const vi q = to_int(round_even(mul(finite ? load_x(k) : zero(), inverse)));
+    total = add(total, q);
+    store_quantized(out + k, q);
+  }
+  for (; (k + VL) * static_cast<int64_t>(sizeof(quantized)) <= to.stride; k += VL) store_quantized(out + k, set1_int(0));
+  to.scale[row] = !finite ? __builtin_nanf("") : empty ? 0.f : absmax / 127.f;
+#if EIGHTFOLD_LEVEL >= 3
+  to.sum[row] = 128 * sum(total);  // the weights are multiplied with 128 added
+#else
+  to.sum[row] = 0;
+#endif
+}
+
+void scale_sums(const int32_t* c, int64_t rows, int64_t count, const Prepared& x, int64_t x_first, const float* scale, float* out,
+                int64_t out_stride) {
+  for (int64_t m = 0; m < rows; m++) {
+    const vi offset = set1_int(static_cast<int32_t>(0u - static_cast<uint32_t>(x.sum[x_first + m])));
+    const vf by = set1(x.scale[x_first + m]);
+    const int32_t* from = c + m * kMostColumns;
+    float* to = out + m * out_stride;
+    for (int64_t n = 0; n < count; n += VL) {  // scratch rows are whole vectors
+      const int64_t left = smaller<int64_t>(VL, count - n);
+      const vf scaled = mul(mul(to_float(add(load_ints(from + n), offset)), by), load_n(scale + n, left));
+      if (left == VL) {
+        store(to + n, scaled);
+      } else {
+        store_n(to + n, scaled, left);
+      }
+    }
+  }
+}
+
+// Sums are collected in scratch, as rows of `out` may be so far apart that they fall on the same few cache lines.
+template <class D>
+void multiply_floats(const Matrix& w, const Prepared& x, int64_t x_first, int64_t rows, int64_t first, int64_t count, float* out,
+                     int64_t out_stride, void* scratch) {
+  using X = typename D::X;
+  const int64_t x_stride = x.stride / static_cast<int64_t>(sizeof(X));
+  float* c = out_stride == kMostColumns ? out : static_cast<float*>(scratch);
+  product<D>(reinterpret_cast<const X*>(x.data) + x_first * x_stride, x_stride, rows,
+             static_cast<const typename D::W*>(w.data) + first * w.stride, w.stride, count, w.cols, c, kMostColumns);
+  if (c == out) return;
+  for (int64_t m = 0; m < rows; m++)
+    std::memcpy(out + m * out_stride, c + m * kMostColumns, static_cast<size_t>(count) * sizeof(float));
+}
+
+}  // namespace
+
+void prepare_row(Input input, const float* x, int64_t width, const Prepared& to, int64_t row) {
+  char* out = to.data + row * to.stride;
+  switch (input) {
+    case Input::f32: return prepare_float<float>(x, width, out, to.stride, false);
+    case Input::f32_rounded: return prepare_float<float>(x, width, out, to.stride, true);
+    case Input::bf16: return prepare_float<bf16>(x, width, out, to.stride, false);
+    case Input::i8: return prepare_int8<false>(x, width, to, row);
+    case Input::i8_rounded: return prepare_int8<true>(x, width, to, row);
+  }
+}
+
+void multiply(const Matrix& w, [[maybe_unused]] Input input, const Prepared& x, int64_t x_first, int64_t rows, int64_t first, int64_t count,
+              float* out, int64_t out_stride, void* scratch) {
+  if (w.dtype == Dtype::i8) {
+    int32_t* c = static_cast<int32_t*>(scratch);
+    const int64_t x_stride = x.stride / static_cast<int64_t>(sizeof(quantized));
+    product<DotInt8>(reinterpret_cast<const quantized*>(x.data) + x_first * x_stride, x_stride, rows,
+                     static_cast<const int8_t*>(w.data) + first * w.stride, w.stride, count, w.cols, c, kMostColumns);
+    return scale_sums(c, rows, count, x, x_first, w.scale + first, out, out_stride);
+  }
+#if EIGHTFOLD_LEVEL >= 3
+  if (input == Input::bf16) return multiply_floats<DotBf16>(w, x, x_first, rows, first, count, out, out_stride, scratch);
+#endif
+  switch (w.dtype) {
+    case Dtype::f32: return multiply_floats<DotFloat<float>>(w, x, x_first, rows, first, count, out, out_stride, scratch);
+    case Dtype::bf16: return multiply_floats<DotFloat<bf16>>(w, x, x_first, rows, first, count, out, out_stride, scratch);
+    case Dtype::f16: return multiply_floats<DotFloat<f16>>(w, x, x_first, rows, first, count, out, out_stride, scratch);
+    case Dtype::i8: return;
+  }
+}
+
+}  // namespace eightfold::EIGHTFOLD_ISA

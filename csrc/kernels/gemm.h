@@ -1,0 +1,201 @@
+// Matrix products that dot along K: x [m, K] · wᵀ [K, n], both row-major, the weights where they lie in the file.
+//
+// A result is the sum over blocks of kBlock elements of K, in order; the sum of a block is taken in the lanes of one
+// vector, in order, and then over the lanes in a fixed way. That depends on K alone, not on the tile that a result
+// happens to fall in, so a token's results are bitwise the same in any batch and on any number of threads.
+#pragma once
+
+#include "core/kernels.h"
+#include "vec/vec.h"
+
+namespace eightfold::EIGHTFOLD_ISA {
+
+constexpr int kTileColumns = 4;
+constexpr int64_t kMostRows = 144;  // tokens that go through a block of weights together
+constexpr int64_t kMostColumns = 64;  // weights of an item of work
+
+// fp32 activations; weights widened in registers.
+template <class T>
+struct DotFloat {
+  using X = float;
+  using W = T;
+  using Vector = vf;
+  using Sum = float;
+  struct XV {
+    vf v;
+  };
+  struct WV {
+    vf v;
+  };
+  static constexpr int64_t kStep = VL, kBlock = 1024;
+  static constexpr int kStreamRows = VL == 16 ? 4 : 2;
+  static EF_INLINE Vector start() { return zero(); }
+  static EF_INLINE XV load_x(const X* p) { return {load(p)}; }
+  static EF_INLINE WV load_w(const W* p) { return {load(p)}; }
+  static EF_INLINE WV load_w_n(const W* p, int64_t n) { return {load_n(p, n)}; }
+  static EF_INLINE void dot(Vector& acc, XV x, WV w) { acc = fma(x.v, w.v, acc); }
+};
+
+struct DotInt8 {
+  using X = quantized;
+  using W = int8_t;
+  using Vector = vi;
+  using Sum = int32_t;
+  using XV = Quantized;
+  using WV = Weights8;
+  static constexpr int64_t kStep = kDot8, kBlock = 4096;
+  static constexpr int kStreamRows = 8;
+  static EF_INLINE Vector start() { return set1_int(0); }
+  static EF_INLINE XV load_x(const X* p) { return load_quantized(p); }
+  static EF_INLINE WV load_w(const W* p) { return load_weights8(p); }
+  static EF_INLINE WV load_w_n(const W* p, int64_t n) { return load_weights8_n(p, n); }
+  static EF_INLINE void dot(Vector& acc, XV x, WV w) { dot8(acc, x, w); }
+};
+
+#if EIGHTFOLD_LEVEL >= 3
+struct DotBf16 {
+  using X = bf16;
+  using W = bf16;
+  using Vector = vf;
+  using Sum = float;
+  using XV = Pairs;
+  using WV = Pairs;
+  static constexpr int64_t kStep = 32, kBlock = 2048;
+  static constexpr int kStreamRows = 6;
+  static EF_INLINE Vector start() { return zero(); }
+  static EF_INLINE XV load_x(const X* p) { return load_pairs(p); }
+  static EF_INLINE WV load_w(const W* p) { return load_pairs(p); }
+  static EF_INLINE WV load_w_n(const W* p, int64_t n) { return load_pairs_n(p, n); }
+  static EF_INLINE void dot(Vector& acc, XV x, WV w) { dot_pairs(acc, x, w); }
+};
+#endif
+
+// Lines to bring near while a tile is computed: `count` rows, one line of each per 64 bytes of weights.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t stride = 0;
+  int count = 0;
+};
+
+// M tokens × N weights over `length` elements of K; the lane sums go to (or are added to) c[m · ldc + n].
+// Rows of x are padded with zeros to whole steps.
+template <class D, int M, int N>
+EF_INLINE void tile(const typename D::X* x, int64_t x_stride, const typename D::W* w, int64_t w_stride, int64_t length,
+                    bool add_to, typename D::Sum* c, int64_t ldc, Ahead ahead) {
+  typename D::Vector acc[M][N];
+  EF_UNROLL for (int m = 0; m < M; m++) EF_UNROLL for (int n = 0; n < N; n++) acc[m][n] = D::start();
+  const int64_t whole = length / D::kStep * D::kStep;
+  int64_t k = 0;
+  for (; k < whole; k += D::kStep) {
+    if constexpr (N > 1) {
+      for (int i = 0; i < ahead.count; i++)
+        __builtin_prefetch(ahead.at + i * ahead.stride + k * static_cast<int64_t>(sizeof *w), 0, 2);
+    }
+    typename D::WV wv[N];
+    EF_UNROLL for (int n = 0; n < N; n++) wv[n] = D::load_w(w + n * w_stride + k);
+    EF_UNROLL for (int m = 0; m < M; m++) {
+      const typename D::XV xv = D::load_x(x + m * x_stride + k);
+      EF_UNROLL for (int n = 0; n < N; n++) D::dot(acc[m][n], xv, wv[n]);
+    }
+  }
+  if (k < length) {
+    typename D::WV wv[N];
+    EF_UNROLL for (int n = 0; n < N; n++) wv[n] = D::load_w_n(w + n * w_stride + k, length - k);
+    EF_UNROLL for (int m = 0; m < M; m++) {
+      const typename D::XV xv = D::load_x(x + m * x_stride + k);
+      EF_UNROLL for (int n = 0; n < N; n++) D::dot(acc[m][n], xv, wv[n]);
+    }
+  }
+  EF_UNROLL for (int m = 0; m < M; m++) {
+    typename D::Sum sums[N];
+    if constexpr (N == 4) {
+      sum4(acc[m], sums);
+    } else {
+      EF_UNROLL for (int n = 0; n < N; n++) sums[n] = sum(acc[m][n]);
+    }
+    EF_UNROLL for (int n = 0; n < N; n++) {
+      typename D::Sum& to = c[m * ldc + n];
+      to = add_to ? to + sums[n] : sums[n];
+    }
+  }
+}
+
+template <class D, int N, int M = kTileRows>
+EF_INLINE void tile_of(int rows, const typename D::X* x, int64_t x_stride, const typename D::W* w, int64_t w_stride,
+                       int64_t length, bool add_to, typename D::Sum* c, int64_t ldc, Ahead ahead) {
+  if (rows == M) {
+    tile<D, M, N>(x, x_stride, w, w_stride, length, add_to, c, ldc, ahead);
+  } else if constexpr (M > 1) {
+    tile_of<D, N, M - 1>(rows, x, x_stride, w, w_stride, length, add_to, c, ldc, ahead);
+  }
+}
+
+// One weight row after another, each read once at the rate of the memory, for a few tokens at a time.
+template <class D, int M>
+void stream(const typename D::X* x, int64_t x_stride, const typename D::W* w, int64_t w_stride, int64_t columns, int64_t length,
+            typename D::Sum* c, int64_t ldc) {
+  for (int64_t n = 0; n < columns; n++)
+    for (int64_t k = 0; k < length; k += D::kBlock)
+      tile<D, M, 1>(x + k, x_stride, w + n * w_stride + k, w_stride, smaller(D::kBlock, length - k), k > 0, c + n, ldc, {});
+}
+
+template <class D, int M>
+EF_INLINE void stream_of(int64_t rows, const typename D::X* x, int64_t x_stride, const typename D::W* w, int64_t w_stride,
+                         int64_t columns, int64_t length, typename D::Sum* c, int64_t ldc) {
+  if (rows == M) {
+    stream<D, M>(x, x_stride, w, w_stride, columns, length, c, ldc);
+  } else if constexpr (M > 1) {
+    stream_of<D, M - 1>(rows, x, x_stride, w, w_stride, columns, length, c, ldc);
+  }
+}
+
+// A panel of `width` weight rows (4, or 1 at the end of a matrix) against all tokens; the next panel is brought near
+// meanwhile, spread over the tiles.
+template <class D, int N>
+void panel(const typename D::X* x, int64_t x_stride, int64_t rows, const typename D::W* w, int64_t w_stride, int64_t length,
+           bool add_to, typename D::Sum* c, int64_t ldc, const typename D::W* next) {
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, each = rows / tiles, longer = rows % tiles;
+  const int64_t stride_bytes = w_stride * static_cast<int64_t>(sizeof *w);
+  int64_t m = 0, fetched = 0;
+  for (int64_t t = 0; t < tiles; t++) {
+    const int height = static_cast<int>(each + (t < longer));
+    const int64_t wanted = (t + 1) * N / tiles;  // rows of the next panel that this tile should have brought near
+    const Ahead ahead{reinterpret_cast<const char*>(next) + fetched * stride_bytes, stride_bytes,
+                      static_cast<int>(wanted - fetched)};
+    fetched = wanted;
+    tile_of<D, N>(height, x + m * x_stride, x_stride, w, w_stride, length, add_to, c + m * ldc, ldc, ahead);
+    m += height;
+  }
+}
+
+// x [rows, K] · rows [0, columns) of w → c [rows, columns] at stride ldc; rows ≤ kMostRows.
+template <class D>
+void product(const typename D::X* x, int64_t x_stride, int64_t rows, const typename D::W* w, int64_t w_stride, int64_t columns,
+             int64_t length, typename D::Sum* c, int64_t ldc) {
+  if (rows <= D::kStreamRows) {
+    stream_of<D, D::kStreamRows>(rows, x, x_stride, w, w_stride, columns, length, c, ldc);
+    return;
+  }
+  for (int64_t k = 0; k < length; k += D::kBlock) {
+    const int64_t part = smaller(D::kBlock, length - k);
+    int64_t n = 0;
+    for (; n + kTileColumns <= columns; n += kTileColumns) {
+      const typename D::W* here = w + n * w_stride + k;
+      const bool last = n + 2 * kTileColumns > columns;
+      const typename D::W* next = !last ? here + kTileColumns * w_stride : k + part < length ? w + k + part : w + columns * w_stride;
+      panel<D, kTileColumns>(x + k, x_stride, rows, here, w_stride, part, k > 0, c + n, ldc, next);
+    }
+    for (; n < columns; n++)
+      panel<D, 1>(x + k, x_stride, rows, w + n * w_stride + k, w_stride, part, k > 0, c + n, ldc, w);
+  }
+}
+
+// Writes rows [first, first + count) of `w` times `rows` prepared tokens as floats: out [rows, count] at stride
+// `out_stride`. Needs `kMostRows · kMostColumns` sums of scratch.
+void multiply(const Matrix& w, Input input, const Prepared& x, int64_t x_first, int64_t rows, int64_t first, int64_t count,
+              float* out, int64_t out_stride, void* scratch);
+
+// One row of activations → as the product reads it.
+void prepare_row(Input input, const float* x, int64_t width, const Prepared& to, int64_t row);
+
+}  // namespace eightfold::EIGHTFOLD_ISA

@@ -1,0 +1,143 @@
+// `linear` and `moe`: matrix products of all tokens with the weights of a layer.
+#include "kernels/gemm.h"
+
+namespace eightfold::EIGHTFOLD_ISA {
+namespace {
+
+// Tokens are cut into blocks of about equal size, so that none is left with a few.
+struct Blocks {
+  explicit Blocks(int64_t rows) : rows(rows), count((rows + kMostRows - 1) / kMostRows) {}
+  int64_t start(int64_t block) const { return rows * block / count; }
+  int64_t rows, count;
+};
+
+constexpr int64_t kScratchSums = kMostRows * kMostColumns;
+
+int64_t chunks_of(int64_t rows) { return (rows + kMostColumns - 1) / kMostColumns; }
+
+// Quantizing some rows is one item; rows are long, items small.
+constexpr int64_t kRowsOfItem = 4;
+
+void prepare_rows(Worker& worker, const float* x, int64_t x_stride, const int32_t* index, int64_t width, int64_t first,
+                  int64_t rows, const Prepared* prepared) {
+  const int64_t items = (rows + kRowsOfItem - 1) / kRowsOfItem;
+  int64_t item;
+  while (worker.next(items, &item)) {
+    for (int64_t i = item * kRowsOfItem; i < smaller(rows, (item + 1) * kRowsOfItem); i++) {
+      const float* from = x + (index ? index[first + i] : i) * x_stride;
+      for (int input = 0; input < kInputs; input++)
+        if (prepared[input].data) prepare_row(static_cast<Input>(input), from, width, prepared[input], first + i);
+    }
+  }
+  worker.end_phase(items);
+}
+
+// h = silu(x · w1ᵀ) · (x · w3ᵀ) for a block of an expert's inner columns
+void swiglu_chunk(const Moe& a, const MoeSegment& segment, int64_t chunk, int64_t group_first, char* scratch) {
+  const ExpertWeights& e = *segment.expert;
+  const int64_t first = chunk * kMostColumns, count = smaller(kMostColumns, a.inner - first);
+  float* gate = reinterpret_cast<float*>(scratch);
+  float* up = gate + kScratchSums;
+  float* sums = up + kScratchSums;
+  const Blocks blocks(segment.count);
+  for (int64_t b = 0; b < blocks.count; b++) {
+    const int64_t from = segment.first + blocks.start(b), rows = segment.first + blocks.start(b + 1) - from;
+    multiply(e.w1, e.input1, a.prepared[static_cast<int>(e.input1)], from, rows, first, count, gate, kMostColumns, sums);
+    multiply(e.w3, e.input3, a.prepared[static_cast<int>(e.input3)], from, rows, first, count, up, kMostColumns, sums);
+    for (int64_t m = 0; m < rows; m++) {
+      float* to = a.h + (from - group_first + m) * a.inner + first;
+      const float *g = gate + m * kMostColumns, *u = up + m * kMostColumns;
+      for (int64_t n = 0; n < count; n += VL) {
+        const vf h = mul(silu(load(g + n)), load(u + n));
+        if (n + VL <= count) {
+          store(to + n, h);
+        } else {
+          store_n(to + n, h, count - n);
+        }
+      }
+    }
+  }
+}
+
+void down_chunk(const Moe& a, const MoeSegment& segment, int64_t chunk, int64_t group_first, char* scratch) {
+  const ExpertWeights& e = *segment.expert;
+  const int64_t first = chunk * kMostColumns, count = smaller(kMostColumns, a.width - first);
+  const Blocks blocks(segment.count);
+  for (int64_t b = 0; b < blocks.count; b++) {
+    const int64_t from = segment.first + blocks.start(b), rows = segment.first + blocks.start(b + 1) - from;
+    multiply(e.w2, e.input2, a.inner_prepared[static_cast<int>(e.input2)], from - group_first, rows, first, count,
+             a.parts + from * a.width + first, a.width, scratch);
+  }
+}
+
+void one_group(const Moe& a, int64_t group, Worker& worker, char* scratch) {
+  const int64_t begin = a.group_starts[group], end = a.group_starts[group + 1];
+  const int64_t first = a.segments[begin].first, slots = a.segments[end - 1].first + a.segments[end - 1].count - first;
+  int64_t item;
+
+  const int64_t inner_chunks = chunks_of(a.inner);
+  while (worker.next((end - begin) * inner_chunks, &item))
+    swiglu_chunk(a, a.segments[begin + item / inner_chunks], item % inner_chunks, first, scratch);
+  worker.end_phase((end - begin) * inner_chunks);
+
+  prepare_rows(worker, a.h, a.inner, nullptr, a.inner, 0, slots, a.inner_prepared);
+
+  const int64_t chunks = chunks_of(a.width);
+  while (worker.next((end - begin) * chunks, &item))
+    down_chunk(a, a.segments[begin + item / chunks], item % chunks, first, scratch);
+  worker.end_phase((end - begin) * chunks);
+}
+
+// The weighted sum in the order of the token's choices, each product rounded before it is added.
+void combine(const Moe& a, int64_t token) {
+  float* out = a.out + token * a.width;
+  for (int64_t i = 0; i < a.width; i += VL) {
+    const int64_t left = smaller<int64_t>(VL, a.width - i);
+    vf total = zero();
+    for (int c = 0; c < a.chosen; c++) {
+      const float* part = a.parts + a.slot_of[token * a.chosen + c] * a.width + i;
+      total = add(total, mul(load_n(part, left), set1(a.weights[token * a.chosen + c])));
+    }
+    store_n(out + i, total, left);
+  }
+}
+
+}  // namespace
+
+void linear(const Linear& a, Worker& worker) {
+  prepare_rows(worker, a.x, a.x_stride, nullptr, a.weights[0].cols, 0, a.tokens, a.prepared);
+  char* scratch = worker.scratch(kScratchSums * sizeof(float));
+  int64_t items = 0;
+  for (int i = 0; i < a.count; i++) items += chunks_of(a.weights[i].rows);
+  const Blocks blocks(a.tokens);
+  int64_t item;
+  while (worker.next(items, &item)) {
+    int which = 0;
+    float* out = a.out;
+    for (; item >= chunks_of(a.weights[which].rows); which++) {
+      item -= chunks_of(a.weights[which].rows);
+      out += a.weights[which].rows;
+    }
+    const Matrix& w = a.weights[which];
+    const int64_t first = item * kMostColumns, count = smaller(kMostColumns, w.rows - first);
+    for (int64_t b = 0; b < blocks.count; b++) {
+      const int64_t from = blocks.start(b), rows = blocks.start(b + 1) - from;
+      multiply(w, a.input[which], a.prepared[static_cast<int>(a.input[which])], from, rows, first, count,
+               out + from * a.out_stride + first, a.out_stride, scratch);
+    }
+  }
+  worker.end_phase(items);
+}
+
+void moe(const Moe& a, Worker& worker) {
+  prepare_rows(worker, a.x, a.x_stride, a.slot_token, a.width, 0, a.slots, a.prepared);
+  char* scratch = worker.scratch(3 * kScratchSums * sizeof(float));
+  for (int64_t group = 0; group < a.groups; group++) one_group(a, group, worker, scratch);
+  int64_t item;
+  const int64_t items = (a.tokens + kRowsOfItem - 1) / kRowsOfItem;
+  while (worker.next(items, &item))
+    for (int64_t t = item * kRowsOfItem; t < smaller(a.tokens, (item + 1) * kRowsOfItem); t++) combine(a, t);
+  worker.end_phase(items);
+}
+
+}  // namespace eightfold::EIGHTFOLD_ISA

@@ -1,0 +1,155 @@
+// Norms, rotation with the write of keys and values, and the router.
+#include <cmath>
+
+#include "kernels/gemm.h"
+
+namespace eightfold::EIGHTFOLD_ISA {
+namespace {
+
+template <class T>
+void norm_token(const RmsNorm& a, int64_t t) {
+  const float* x = a.x + t * a.x_stride;
+  float* total = a.total + t * a.width;
+  float* out = a.out + t * a.width;
+  const T* weight = static_cast<const T*>(a.weight);
+  vf squares = zero();
+  for (int64_t i = 0; i < a.width; i += VL) {
+    const int64_t left = smaller<int64_t>(VL, a.width - i);
+    vf v = load_n(x + i, left);
+    if (a.residual) {
+      v = add(v, load_n(a.residual + t * a.residual_stride + i, left));
+      store_n(total + i, v, left);
+    }
+    squares = fma(v, v, squares);
+  }
+  const vf scale = set1(1.f / sqrtf(sum(squares) / static_cast<float>(a.width) + a.eps));
+  const float* from = a.residual ? total : x;
+  for (int64_t i = 0; i < a.width; i += VL) {
+    const int64_t left = smaller<int64_t>(VL, a.width - i);
+    store_n(out + i, mul(mul(load_n(from + i, left), scale), load_n(weight + i, left)), left);
+  }
+}
+
+void rotate(const float* x, const float* cos, const float* sin, int64_t dim, bool interleaved, float* out) {
+  const int64_t half = dim / 2, step = interleaved ? 2 : 1, apart = interleaved ? 1 : half;
+  for (int64_t i = 0; i < half; i++) {
+    const float a = x[i * step], b = x[i * step + apart];
+    out[i * step] = a * cos[i] - b * sin[i];
+    out[i * step + apart] = b * cos[i] + a * sin[i];
+  }
+}
+
+template <class T>
+void write_row(const float* x, int64_t dim, void* pages, int64_t at) {
+  T* to = static_cast<T*>(pages) + at;
+  for (int64_t i = 0; i < dim; i += VL) {
+    const int64_t left = smaller<int64_t>(VL, dim - i);
+    store_n(to + i, load_n(x + i, left), left);
+  }
+}
+
+void write_row(Dtype dtype, const float* x, int64_t dim, void* pages, int64_t at) {
+  switch (dtype) {
+    case Dtype::f32: return write_row<float>(x, dim, pages, at);
+    case Dtype::bf16: return write_row<bf16>(x, dim, pages, at);
+    case Dtype::f16: return write_row<f16>(x, dim, pages, at);
+    case Dtype::i8: return;
+  }
+}
+
+void rope_token(const RopeWrite& a, int64_t t, float* turned) {
+  const float* x = a.qkv + t * a.qkv_stride;
+  const float* cos = a.cos + a.positions[t] * (a.dim / 2);
+  const float* sin = a.sin + a.positions[t] * (a.dim / 2);
+  for (int64_t h = 0; h < a.heads; h++)
+    rotate(x + h * a.dim, cos, sin, a.dim, a.interleaved, a.q + (t * a.heads + h) * a.dim);
+  const int64_t page = a.slots[t] / a.page_size, slot = a.slots[t] % a.page_size;
+  for (int64_t h = 0; h < a.kv_heads; h++) {
+    rotate(x + (a.heads + h) * a.dim, cos, sin, a.dim, a.interleaved, turned);
+    write_row(a.kv_dtype, turned, a.dim, a.k, page * a.k_strides[0] + h * a.k_strides[1] + slot * a.k_strides[2]);
+    write_row(a.kv_dtype, x + (a.heads + a.kv_heads + h) * a.dim, a.dim, a.v,
+              page * a.v_strides[0] + h * a.v_strides[1] + slot * a.v_strides[2]);
+  }
+}
+
+// Softmax over all experts and the best of them, ties to the lower id. Weights are of those chosen, summing to 1.
+void choose(const Route& a, int64_t t, float* logits) {
+  float most = logits[0];
+  for (int e = 1; e < a.experts; e++) most = larger(most, logits[e]);
+  for (int e = 0; e < a.experts; e++) logits[e] = expf(logits[e] - most);
+  float total = 0.f;
+  for (int c = 0; c < a.chosen; c++) {
+    int best = 0;
+    for (int e = 1; e < a.experts; e++)
+      if (logits[e] > logits[best]) best = e;
+    a.ids[t * a.chosen + c] = best;
+    a.weights[t * a.chosen + c] = logits[best];
+    total += logits[best];
+    logits[best] = -1.f;
+  }
+  for (int c = 0; c < a.chosen; c++) a.weights[t * a.chosen + c] /= total;
+}
+
+template <class T>
+void route_token(const Route& a, int64_t t, float* logits) {
+  const float* x = a.x + t * a.x_stride;
+  for (int e = 0; e < a.experts; e++) {
+    const T* row = static_cast<const T*>(a.gate) + e * a.gate_stride;
+    vf acc[2] = {zero(), zero()};
+    for (int64_t i = 0; i < a.width; i += VL) {
+      const int64_t left = smaller<int64_t>(VL, a.width - i);
+      vf& to = acc[i / VL % 2];
+      to = fma(load_n(x + i, left), load_n(row + i, left), to);
+    }
+    logits[e] = sum(add(acc[0], acc[1]));
+  }
+  choose(a, t, logits);
+}
+
+constexpr int64_t kTokensOfItem = 4;
+
+}  // namespace
+
+void rms_norm(const RmsNorm& a, Worker& worker) {
+  const int64_t items = (a.tokens + kTokensOfItem - 1) / kTokensOfItem;
+  int64_t item;
+  while (worker.next(items, &item)) {
+    for (int64_t t = item * kTokensOfItem; t < smaller(a.tokens, (item + 1) * kTokensOfItem); t++) {
+      switch (a.weight_dtype) {
+        case Dtype::f32: norm_token<float>(a, t); break;
+        case Dtype::bf16: norm_token<bf16>(a, t); break;
+        case Dtype::f16: norm_token<f16>(a, t); break;
+        case Dtype::i8: break;
+      }
+    }
+  }
+  worker.end_phase(items);
+}
+
+void rope_write(const RopeWrite& a, Worker& worker) {
+  float* turned = reinterpret_cast<float*>(worker.scratch(static_cast<size_t>(a.dim) * sizeof(float)));
+  const int64_t items = (a.tokens + kTokensOfItem - 1) / kTokensOfItem;
+  int64_t item;
+  while (worker.next(items, &item))
+    for (int64_t t = item * kTokensOfItem; t < smaller(a.tokens, (item + 1) * kTokensOfItem); t++) rope_token(a, t, turned);
+  worker.end_phase(items);
+}
+
+void route(const Route& a, Worker& worker) {
+  float* logits = reinterpret_cast<float*>(worker.scratch(static_cast<size_t>(a.experts) * sizeof(float)));
+  const int64_t items = (a.tokens + kTokensOfItem - 1) / kTokensOfItem;
+  int64_t item;
+  while (worker.next(items, &item)) {
+    for (int64_t t = item * kTokensOfItem; t < smaller(a.tokens, (item + 1) * kTokensOfItem); t++) {
+      switch (a.gate_dtype) {
+        case Dtype::f32: route_token<float>(a, t, logits); break;
+        case Dtype::bf16: route_token<bf16>(a, t, logits); break;
+        case Dtype::f16: route_token<f16>(a, t, logits); break;
+        case Dtype::i8: break;
+      }
+    }
+  }
+  worker.end_phase(items);
+}
+
+}  // namespace eightfold::EIGHTFOLD_ISA

@@ -1,0 +1,108 @@
+"""The CPU kernels (csrc/module.cpp): addresses and sizes in; `eightfold.ops.cpu` is the interface."""
+
+_Matrix = tuple[int, int, int, int, int, int]  # data, scales, rows, columns, stride, dtype code
+_Strides = tuple[int, int, int]  # of page, head, position, in elements
+
+def known_isas() -> list[str]: ...
+def available_isas() -> list[str]: ...
+def isa() -> str: ...
+def num_threads() -> int: ...
+def probe_int8_peak(threads: int = 0, ms: float = 50.0, isa: str = "") -> float: ...
+def probe_bf16_peak(threads: int = 0, ms: float = 50.0, isa: str = "") -> float: ...
+def probe_fp32_peak(threads: int = 0, ms: float = 50.0, isa: str = "") -> float: ...
+def probe_read_bandwidth(nbytes: int, threads: int = 0, isa: str = "") -> float: ...
+
+class Engine:
+    def __init__(self, threads: int = 0, isa: str = "") -> None: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def bf16_dot(self) -> bool: ...
+    def rms_norm(
+        self,
+        x: int,
+        x_stride: int,
+        residual: int,
+        residual_stride: int,
+        weight: int,
+        weight_dtype: int,
+        out: int,
+        total: int,
+        tokens: int,
+        width: int,
+        eps: float,
+        /,
+    ) -> None: ...
+    def rope_write(
+        self,
+        qkv: int,
+        qkv_stride: int,
+        cos: int,
+        sin: int,
+        table_rows: int,
+        positions: int,
+        slots: int,
+        q: int,
+        k: int,
+        v: int,
+        kv_dtype: int,
+        k_strides: _Strides,
+        v_strides: _Strides,
+        tokens: int,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        pages: int,
+        page_size: int,
+        interleaved: bool,
+        /,
+    ) -> None: ...
+    def attention(
+        self,
+        q: int,
+        out: int,
+        k: int,
+        v: int,
+        kv_dtype: int,
+        k_strides: _Strides,
+        v_strides: _Strides,
+        query_starts: int,
+        kv_lens: int,
+        page_table: int,
+        table_stride: int,
+        tokens: int,
+        rows: int,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        pages: int,
+        page_size: int,
+        window: int,
+        bf16_products: bool,
+        /,
+    ) -> None: ...
+    def route(
+        self,
+        x: int,
+        x_stride: int,
+        gate: int,
+        gate_dtype: int,
+        gate_stride: int,
+        ids: int,
+        weights: int,
+        tokens: int,
+        width: int,
+        experts: int,
+        chosen: int,
+        /,
+    ) -> None: ...
+
+class Linear:
+    def __init__(self, engine: Engine, weights: list[_Matrix], rounded: bool, /) -> None: ...
+    def run(self, x: int, x_stride: int, tokens: int, out: int, /) -> None: ...
+
+class Experts:
+    def __init__(self, engine: Engine, experts: list[list[_Matrix]], rounded: bool, /) -> None: ...
+    def run(self, x: int, x_stride: int, tokens: int, ids: int, weights: int, chosen: int, out: int, /) -> None: ...
