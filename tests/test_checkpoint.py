@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import os
 import subprocess
@@ -18,6 +20,7 @@ from torch import Tensor
 import eightfold.checkpoint
 from eightfold.checkpoint import Checkpoint
 from eightfold.config import ModelConfig, RopeConfig, load_model_config
+from eightfold.file_memory import LOAD_MODES
 from eightfold.random_checkpoint import random_checkpoint
 from eightfold.types import EightfoldError
 
@@ -356,10 +359,29 @@ def test_bad_indexes(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 def test_read_ahead(source: Path, tensors: dict[str, Tensor]) -> None:
     checkpoint, seen = open_folder(source), []
-    checkpoint.read_ahead()
-    checkpoint.read_ahead(touch=True, threads=2, progress=lambda done, total: seen.append((done, total)))
+    checkpoint.read_ahead(progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (checkpoint.total_bytes, checkpoint.total_bytes)
     assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize("mode", LOAD_MODES)
+def test_load_modes_hold_the_same_bytes(source: Path, tensors: dict[str, Tensor], mode: str) -> None:
+    seen: list[tuple[int, int]] = []
+    config = load_model_config(source)
+    checkpoint = Checkpoint.open(source, config, load_mode=mode, progress=lambda *counts: seen.append(counts))
+    assert_holds(checkpoint, tensors)
+    assert (seen[-1][0] == seen[-1][1] > 0) if mode != "mmap" else seen == []
+
+
+def test_a_refused_lock_says_what_to_do(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Libc:
+        def mlock(self, *args: object) -> int:
+            ctypes.set_errno(errno.ENOMEM)  # as the system does beyond RLIMIT_MEMLOCK
+            return -1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda *args, **options: Libc())
+    with pytest.raises(EightfoldError, match="cannot lock the weights in memory .*ulimit -l"):
+        Checkpoint.open(source, load_model_config(source), load_mode="lock")
 
 
 OPEN = """
@@ -375,7 +397,7 @@ before = anonymous()
 folder = Path(sys.argv[1])
 checkpoint = Checkpoint.open(folder, load_model_config(folder))
 opened = anonymous()
-checkpoint.read_ahead(touch=True)
+checkpoint.read_ahead()
 print(opened - before, anonymous() - before, checkpoint.total_bytes)
 """
 

@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 
 from eightfold.config import ModelConfig
+from eightfold.file_memory import BytesDone
 from eightfold.hub import resolve as resolve
 from eightfold.safetensors_file import read_safetensors
-from eightfold.types import EightfoldError
+from eightfold.types import EightfoldError, Progress
 from eightfold.weight_files import WeightFiles, check_complete, find_weights, one_line, read_index
 
 _LAYER = re.compile(r"(model\.)?layers\.(\d+)\.(.+)")
 _TOUCH_BYTES = 32 << 20
+_READERS = 4  # enough requests to keep a disk busy
 
 # Mistral's names → ours; those of a layer, then those outside.
 _MISTRAL_LAYER = {
@@ -65,9 +67,18 @@ class Checkpoint:
         self._files = dict(files)
 
     @classmethod
-    def open(cls, folder: Path, config: ModelConfig, allow_pickle: bool = False) -> Checkpoint:
+    def open(
+        cls,
+        folder: Path,
+        config: ModelConfig,
+        allow_pickle: bool = False,
+        load_mode: str = "mmap",
+        progress: Progress | None = None,
+    ) -> Checkpoint:
         """The weights in `folder`: safetensors in Hugging Face's or Mistral's layout, or pickles where allowed.
 
+        They are mapped unless `load_mode` is "copy" or "lock" (pickles are mapped always); `progress` hears of the
+        bytes that these bring into memory.
         Raises EightfoldError, naming the file, when there are none, or one is absent, unreadable or truncated.
         """
         weights = find_weights(folder)
@@ -82,7 +93,7 @@ class Checkpoint:
             )
         tensors: dict[str, Tensor] = {}
         files: dict[str, Path] = {}
-        for stored_name, stored, path in _stored_tensors(weights):
+        for stored_name, stored, path in _stored_tensors(weights, load_mode, _counter(weights, progress)):
             for name, tensor in _canonical(stored_name, stored, config, path):
                 if name in tensors:
                     raise EightfoldError(f"tensor {name!r} is stored twice, in {files[name]} and in {path}")
@@ -141,21 +152,15 @@ class Checkpoint:
         floats = (dtype for dtype in self.bytes_by_dtype() if dtype.is_floating_point and dtype.itemsize >= 2)
         return next(floats, torch.float32)
 
-    def read_ahead(
-        self, touch: bool = False, threads: int = 4, progress: Callable[[int, int], None] | None = None
-    ) -> None:
-        """Asks the system to read the files into its cache; with `touch`, also waits until every page is there.
+    def read_ahead(self, progress: Progress | None = None) -> None:
+        """Waits until all weights are in memory; `progress` hears of their bytes.
 
-        `progress` gets (bytes present, bytes in all) as pages are touched.
+        Pages are touched through the map: asking the system to read the file (fadvise) would fill its cache with
+        small pages, which are slower to compute from.
         """
-        for path in sorted(set(self._files.values())):
-            with path.open("rb") as file:  # by file, since pickles are mapped by torch
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-        if not touch:
-            return
         chunks = [chunk for tensor in self._tensors.values() for chunk in _chunks(tensor)]
         done, total = 0, sum(chunk.nbytes for chunk in chunks)
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(_READERS) as pool:
             for chunk, _ in zip(chunks, pool.map(_touch, chunks), strict=True):
                 done += chunk.nbytes
                 if progress:
@@ -170,9 +175,25 @@ def _touch(chunk: Tensor) -> None:
     chunk[:: os.sysconf("SC_PAGE_SIZE")].max()
 
 
-def _stored_tensors(weights: WeightFiles) -> Iterator[tuple[str, Tensor, Path]]:
+def _counter(weights: WeightFiles, progress: Progress | None) -> BytesDone:
+    """Sums up bytes, over all files, for `progress`."""
+    total, done = sum(path.stat().st_size for path in weights.files if path.is_file()), 0
+
+    def count(more: int) -> None:
+        nonlocal done
+        done += more
+        if progress:
+            progress(done, total)
+
+    return count
+
+
+def _stored_tensors(weights: WeightFiles, mode: str, count: BytesDone) -> Iterator[tuple[str, Tensor, Path]]:
     """Name, tensor and file of everything that is stored, under the names that the files use."""
-    read = _read_pickle if weights.pickled else read_safetensors
+
+    def read(path: Path) -> dict[str, Tensor]:
+        return _read_pickle(path) if weights.pickled else read_safetensors(path, mode, count)
+
     if weights.index is None:
         check_complete(weights.files)
         for path in weights.files:

@@ -70,6 +70,7 @@ class EngineConfig:
     threads: int | None = None
     strict_kernels: bool = False
     skip_tokenizer_init: bool = False
+    load_mode: str = "mmap"
     allow_pickle: bool = False
     seed: int = 0
 

@@ -12,9 +12,8 @@ from tqdm import tqdm
 
 from eightfold.config import EngineConfig
 from eightfold.loader import load_engine
-from eightfold.model import Progress
 from eightfold.tokenizer import Tokenizer
-from eightfold.types import EightfoldError, Request, RequestOutput, RequestOutputKind, SamplingParams
+from eightfold.types import EightfoldError, Progress, Request, RequestOutput, RequestOutputKind, SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
@@ -24,8 +23,8 @@ class LLM:
     """A Mixtral checkpoint, ready to answer.
 
     `model` is a folder, "demo", or a name on the Hugging Face hub. The options are the fields of `EngineConfig`.
-    `trust_remote_code` is accepted for compatibility: no code from a checkpoint is ever executed. Raises
-    EightfoldError if the model can't be run as asked.
+    `progress` hears of the bytes of weights that have come into memory. `trust_remote_code` is accepted for
+    compatibility: no code from a checkpoint is ever executed. Raises EightfoldError if the model can't be run as asked.
     """
 
     def __init__(
@@ -45,6 +44,7 @@ class LLM:
         threads: int | None = None,
         strict_kernels: bool = False,
         skip_tokenizer_init: bool = False,
+        load_mode: str = "mmap",
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
         seed: int = 0,

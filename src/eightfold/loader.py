@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -9,13 +10,15 @@ import torch
 from eightfold.checkpoint import Checkpoint, resolve
 from eightfold.config import EngineConfig, ModelConfig, load_model_config
 from eightfold.engine import Engine
+from eightfold.file_memory import LOAD_MODES
 from eightfold.kv_cache import PagePool
-from eightfold.model import Mixtral, Progress, stored_tensors
+from eightfold.machine import available_memory
+from eightfold.model import Mixtral, stored_tensors
 from eightfold.ops import Ops, get_ops
 from eightfold.runner import Runner
 from eightfold.scheduler import Scheduler
 from eightfold.tokenizer import Tokenizer
-from eightfold.types import EightfoldError
+from eightfold.types import EightfoldError, Progress
 
 DTYPES = {
     "float32": torch.float32,
@@ -24,32 +27,54 @@ DTYPES = {
     "float16": torch.float16,
     "half": torch.float16,
 }
+LOG = logging.getLogger("eightfold")
 DEFAULT_KV_SHARE = 8  # without a wish, keys and values may take this part of the free memory, or one full context
 
 
 def load_engine(config: EngineConfig, progress: Progress | None = None) -> Engine:
-    """Raises EightfoldError, before anything large is loaded, if the folder, an option or the memory won't do."""
+    """Raises EightfoldError, before anything large is loaded, if the folder, an option or the memory won't do.
+
+    `progress` hears of the bytes of weights that have come into memory.
+    """
     check_options(config)
     folder = resolve(config.model)
     model_config = load_model_config(folder)
     tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, folder, model_config)
-    checkpoint = Checkpoint.open(folder, model_config, allow_pickle=config.allow_pickle)
+    checkpoint = Checkpoint.open(folder, model_config, config.allow_pickle)
     checkpoint.check(stored_tensors(model_config))
     dtype = _named_dtype("dtype", config.dtype, checkpoint.main_dtype)
     kv_dtype = _named_dtype("kv-cache-dtype", config.kv_cache_dtype, dtype)
     ops = get_ops(config.device, dtype, config.threads, config.strict_kernels)
     max_model_len = _context(config, model_config)
     num_pages = kv_pages(config, model_config, max_model_len, kv_dtype, ops)
-    model = Mixtral.load(model_config, checkpoint, ops, max_model_len, progress)
+    checkpoint = _into_memory(checkpoint, folder, model_config, config, progress)
+    model = Mixtral.load(model_config, checkpoint, ops, max_model_len)
     runner = Runner(model, num_pages, config.block_size, kv_dtype)
     pool = PagePool(num_pages, config.block_size, config.enable_prefix_caching)
     scheduler = Scheduler(pool, config.max_num_seqs, config.max_num_batched_tokens)
     return Engine(runner, scheduler, tokenizer, model_config.eos_token_ids, max_model_len, config.seed)
 
 
+def _into_memory(
+    checkpoint: Checkpoint, folder: Path, model_config: ModelConfig, config: EngineConfig, progress: Progress | None
+) -> Checkpoint:
+    """The checkpoint's bytes brought into memory as `--load-mode` says, as far as they fit."""
+    need, free = checkpoint.total_bytes, available_memory()
+    if need <= free:
+        if config.load_mode == "mmap":
+            checkpoint.read_ahead(progress)
+            return checkpoint
+        return Checkpoint.open(folder, model_config, config.allow_pickle, config.load_mode, progress)
+    sizes = f"the weights take {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free"
+    if config.load_mode != "mmap":
+        raise EightfoldError(f"{sizes}, too little for --load-mode {config.load_mode}: use mmap, which reads from disk")
+    LOG.warning("%s: what doesn't stay in memory is read from disk again at each use", sizes)
+    return checkpoint
+
+
 def load_tokenizer(config: EngineConfig, folder: Path, model_config: ModelConfig) -> Tokenizer:
     """The model's tokenizer, or the one that `config.tokenizer` names. Raises EightfoldError if it doesn't fit."""
-    tokenizer = Tokenizer.load(resolve(config.tokenizer) if config.tokenizer else folder)
+    tokenizer = Tokenizer.load(resolve(config.tokenizer, weights=False) if config.tokenizer else folder)
     if tokenizer.vocab_size > model_config.vocab_size:
         raise EightfoldError(
             f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {model_config.vocab_size}; they "
@@ -64,6 +89,8 @@ def check_options(config: EngineConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise EightfoldError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if config.load_mode not in LOAD_MODES:
+        raise EightfoldError(f"--load-mode is {config.load_mode!r}; it must be one of {', '.join(LOAD_MODES)}")
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:

@@ -6,7 +6,7 @@ width. Everything that depends on a device or a number format is behind `Ops` an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -17,8 +17,6 @@ from eightfold.config import ModelConfig
 from eightfold.ops import Batch, Expert, Ops, Pages, Rope, Weight
 from eightfold.quant import Part, Scheme, get_scheme
 from eightfold.rope import rope_tables
-
-Progress = Callable[[int, int], None]  # (layers done, layers in all)
 
 
 class WeightSpec(NamedTuple):
@@ -150,29 +148,23 @@ class Loader:
 class Mixtral:
     """The model, ready to run."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, loader: Loader, max_len: int, progress: Progress | None) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops, loader: Loader, max_len: int) -> None:
         self.config = config
         self.ops = ops
         cos, sin = rope_tables(config.rope, config.head_dim, max_len)
         self._rope = Rope(ops.prepare_tensor(cos), ops.prepare_tensor(sin), config.rope.interleaved)
         self._embedding = loader.tensor("model.embed_tokens")  # [V, H]
-        self._layers = []
-        for number in range(config.num_layers):
-            self._layers.append(self._layer(loader, f"model.layers.{number}"))
-            if progress:
-                progress(number + 1, config.num_layers)
+        self._layers = [self._layer(loader, f"model.layers.{number}") for number in range(config.num_layers)]
         self._norm = loader.tensor("model.norm")  # [H]
         self._head = loader.linear("model.embed_tokens" if config.tie_word_embeddings else "lm_head")  # [V, H]
 
     @classmethod
-    def load(
-        cls, config: ModelConfig, source: Tensors, ops: Ops, max_len: int, progress: Progress | None = None
-    ) -> Mixtral:
+    def load(cls, config: ModelConfig, source: Tensors, ops: Ops, max_len: int) -> Mixtral:
         """Weights from a source whose tensors have been checked against `stored_tensors(config)`.
 
         `max_len` is the longest sequence, in tokens. Raises EightfoldError where a scheme finds bad values.
         """
-        return cls(config, ops, Loader(config, source, ops), max_len, progress)
+        return cls(config, ops, Loader(config, source, ops), max_len)
 
     def _layer(self, loader: Loader, prefix: str) -> Layer:
         attention = f"{prefix}.self_attn"

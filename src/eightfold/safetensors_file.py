@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from eightfold.file_memory import BytesDone, load_file
 from eightfold.types import EightfoldError
 from eightfold.weight_files import in_words, one_line, parse_object
 
@@ -56,11 +57,11 @@ class TensorSpec(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name: views of a read-only map of it, which lives as long as any of them.
+def read_safetensors(path: Path, load_mode: str = "mmap", progress: BytesDone | None = None) -> dict[str, Tensor]:
+    """The tensors of a file by name: views of one memory, which lives as long as any of them.
 
-    Nothing but the header is read. Writing into the tensors ends the process. Raises EightfoldError, naming the file,
-    when it is unreadable, truncated or malformed.
+    By default that is a read-only map of the file, of which nothing but the header is read; writing into the tensors
+    ends the process. Raises EightfoldError, naming the file, when it is unreadable, truncated or malformed.
     """
     try:
         with path.open("rb") as file:
@@ -69,12 +70,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             specs = _read_specs(path, header, size - start)
             if size == start:
                 return {name: torch.empty(spec.shape, dtype=spec.dtype) for name, (spec, _) in specs.items()}
-            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+            memory = load_file(file, size, load_mode, progress)
     except OSError as error:
         raise EightfoldError(f"cannot read {path}: {error.strerror or error}") from None
     with warnings.catch_warnings():  # torch has no read-only tensors and says so; ours are never written
         warnings.filterwarnings("ignore", "The given buffer is not writable")
-        return {name: _view(mapped, spec, start + offset) for name, (spec, offset) in specs.items()}
+        begin = memory.offset + start
+        return {name: _view(memory.buffer, spec, begin + offset) for name, (spec, offset) in specs.items()}
 
 
 def _view(mapped: mmap.mmap, spec: TensorSpec, offset: int) -> Tensor:

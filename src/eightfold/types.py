@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+Progress = Callable[[int, int], None]  # (done, in all), of whatever the function that takes it says
 
 
 class EightfoldError(ValueError):
