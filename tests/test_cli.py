@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
+import pty
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -167,6 +171,7 @@ def test_token_ids() -> None:
         (["run", "demo", "--prompt-token-ids", "999999999"], "token id 999999999"),
         (["run", "demo", "x", "--device", "abacus"], "'abacus'"),
         (["run", "demo", "x", "--dtype", "int3"], "--dtype is 'int3'"),
+        (["run", "demo", "x", "--load-mode", "teleport"], "--load-mode is 'teleport'"),
         (["run", "demo", "x", "--block-size", "0"], "--block-size is 0; it must be at least 1"),
         (["run", "demo", "x", "--max-model-len", "99999999"], "--max-model-len is 99999999"),
         (["run", "demo", "x", "--kv-cache-memory-bytes", "1K"], "--kv-cache-memory-bytes"),
@@ -412,6 +417,21 @@ def test_an_interrupt_ends_run() -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err.decode()) == (130, "eightfold: interrupted\n")
+
+
+def test_progress_is_for_terminals() -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # a new one is 0 columns wide
+    words = ["run", "demo", "Hello", "Good day", "--max-tokens", "4"]
+    done = subprocess.run(
+        [*COMMAND, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=theirs, check=True, timeout=60
+    )
+    os.close(theirs)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "Loading:" in shown
+    assert re.search(r"Prompts: +50%", shown)
+    assert b"Prompts" not in done.stdout
 
 
 # --- broken folders

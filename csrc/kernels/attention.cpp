@@ -60,20 +60,17 @@ void pack_queries(const Attention& a, const Item& item, Work<P>& w) {
 }
 
 // Where the keys and values of a block lie; those from `end` on do not exist.
-template <class P>
-void find_rows(const Attention& a, const Item& item, int64_t block, int64_t end, Work<P>& w) {
-  using T = typename P::Stored;
+template <class T>
+void find_rows(const Attention& a, const Item& item, int64_t block, int64_t end, const T** keys, const T** values) {
   const int32_t* table = a.page_table + item.row * a.table_stride;
-  for (int64_t j = 0; j < kKvBlock; j++) {
-    const int64_t position = block * kKvBlock + j;
-    if (position >= end) {
-      w.key_rows[j] = w.value_rows[j] = nullptr;
-      continue;
-    }
-    const int64_t page = table[position / a.page_size], slot = position % a.page_size;
-    w.key_rows[j] = static_cast<const T*>(a.k) + page * a.k_strides[0] + item.head * a.k_strides[1] + slot * a.k_strides[2];
-    w.value_rows[j] = static_cast<const T*>(a.v) + page * a.v_strides[0] + item.head * a.v_strides[1] + slot * a.v_strides[2];
+  int64_t page = block * kKvBlock / a.page_size, slot = block * kKvBlock % a.page_size;
+  const int64_t count = larger<int64_t>(0, smaller(kKvBlock, end - block * kKvBlock));
+  for (int64_t j = 0; j < count; j++) {
+    keys[j] = static_cast<const T*>(a.k) + table[page] * a.k_strides[0] + item.head * a.k_strides[1] + slot * a.k_strides[2];
+    values[j] = static_cast<const T*>(a.v) + table[page] * a.v_strides[0] + item.head * a.v_strides[1] + slot * a.v_strides[2];
+    if (++slot == a.page_size) slot = 0, page++;
   }
+  for (int64_t j = count; j < kKvBlock; j++) keys[j] = values[j] = nullptr;
 }
 
 // Scores of positions that a query row may not see: ahead of it, or further back than the window.
@@ -93,23 +90,30 @@ struct Hide {
   }
 };
 
+template <class P, int M = kTileQueries>
+void block_tile_of(int rows, Work<P>& w, int64_t first, float scale, const Hide<P>& hide) {
+  if (rows == M) {
+    block_tile<P, M>(w, first, scale, hide);
+  } else if constexpr (M > 1) {
+    block_tile_of<P, M - 1>(rows, w, first, scale, hide);
+  }
+}
+
 template <class P>
 void visit_block(const Attention& a, const Item& item, int64_t block, float scale, Work<P>& w) {
   const int64_t group = a.heads / a.kv_heads, rows = item.tokens * group, begin = block * kKvBlock;
-  find_rows(a, item, block, item.position + item.tokens, w);
-  pack_block(w);
+  const int64_t end = item.position + item.tokens;
+  find_rows(a, item, block, end, w.key_rows, w.value_rows);
+  find_rows(a, item, block + 1, end, w.next_keys, w.next_values);
+  pack_keys(w);
+  pack_values(w);
   for (int64_t first = 0; first < rows; first += kTileQueries) {
     const int64_t count = smaller<int64_t>(kTileQueries, rows - first);
     const int64_t own_first = item.position + first / group, own_last = item.position + (first + count - 1) / group;
     if (begin > own_last) continue;
     if (a.window && begin + kKvBlock <= own_first - a.window + 1) continue;
     const Hide<P> hide{a, w, group, first, item.position, block};
-    switch (count) {
-      case 4: block_tile<P, 4>(w, first, scale, hide); break;
-      case 3: block_tile<P, 3>(w, first, scale, hide); break;
-      case 2: block_tile<P, 2>(w, first, scale, hide); break;
-      default: block_tile<P, 1>(w, first, scale, hide);
-    }
+    block_tile_of<P>(static_cast<int>(count), w, first, scale, hide);
   }
 }
 

@@ -10,7 +10,7 @@
 
 namespace eightfold::EIGHTFOLD_ISA {
 
-constexpr int kTileQueries = 4;                  // query rows of a tile: one token's group of heads in the usual model
+constexpr int kTileQueries = VL == 16 ? 6 : 4;   // query rows of a tile
 constexpr int kScoreVectors = VL == 16 ? 4 : 2;  // vectors of positions, and of output elements, in a register tile
 constexpr float kNothing = -1e30f;               // maximum of no scores; finite, so that differences stay defined
 
@@ -72,28 +72,46 @@ struct Work {
   float *most, *weight;        // [rows] running maximum and sum of the segment
   float *total_most, *total_weight;
   const typename P::Stored *key_rows[kKvBlock], *value_rows[kKvBlock];  // null beyond the end
-  const typename P::Stored *next_keys[kKvBlock], *next_values[kKvBlock];
+  const typename P::Stored *next_keys[kKvBlock], *next_values[kKvBlock];  // the same of the block after
 };
 
+// Brings a row near. Pages are small pieces far apart, which the processor's own prefetcher follows badly.
+template <class T>
+EF_INLINE void fetch(const T* row, int64_t dim) {
+  const char* at = reinterpret_cast<const char*>(row);
+  for (int64_t i = 0; i < dim * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(at + i, 0, 2);
+}
+
 template <class P>
-void pack_block(Work<P>& w) {
+void pack_keys(const Work<P>& w) {
+  const int64_t dim = w.dim, steps = w.steps;
+  float* to = reinterpret_cast<float*>(w.keys);
   for (int64_t j = 0; j < kKvBlock; j += VL) {
-    for (int64_t s = 0; s < w.steps; s += VL) {
+    for (int64_t s = 0; s < steps; s += VL) {
       vf r[VL];
       EF_UNROLL for (int i = 0; i < VL; i++) {
         const auto* from = w.key_rows[j + i];
-        r[i] = from ? P::load_key(from + s * P::kPer, w.dim - s * P::kPer) : zero();
+        r[i] = from ? P::load_key(from + s * P::kPer, dim - s * P::kPer) : zero();
       }
       transpose(r);
-      EF_UNROLL for (int i = 0; i < VL; i++) store(reinterpret_cast<float*>(w.keys) + (s + i) * kKvBlock + j, r[i]);
+      EF_UNROLL for (int i = 0; i < VL; i++) store(to + (s + i) * kKvBlock + j, r[i]);
     }
+    for (int i = 0; i < VL; i++) fetch(w.next_keys[j + i], dim);
   }
+}
+
+template <class P>
+void pack_values(const Work<P>& w) {
   static const typename P::Stored zeros[VL] = {};
+  const int64_t dim = w.dim, padded = w.padded;
   float* to = reinterpret_cast<float*>(w.values);
-  for (int64_t j = 0; j < kKvBlock; j += P::kPer) {
+  for (int64_t j = 0; j < kKvBlock; j += P::kPer, to += padded) {
     const auto *even = w.value_rows[j], *odd = w.value_rows[j + P::kPer - 1];
-    for (int64_t d = 0; d < w.padded; d += VL)
-      store(to + j / P::kPer * w.padded + d, P::load_values(even ? even + d : zeros, odd ? odd + d : zeros, w.dim - d));
+    int64_t d = 0;
+    if (even && odd)
+      for (; d + VL <= dim; d += VL) store(to + d, P::load_values(even + d, odd + d, VL));
+    for (; d < padded; d += VL) store(to + d, P::load_values(even ? even + d : zeros, odd ? odd + d : zeros, dim - d));
+    for (int i = 0; i < P::kPer; i++) fetch(w.next_values[j + i], dim);
   }
 }
 

@@ -10,9 +10,8 @@
 
 namespace eightfold::EIGHTFOLD_ISA {
 
-constexpr int kTileColumns = 4;
 constexpr int64_t kMostRows = 144;  // tokens that go through a block of weights together
-constexpr int64_t kMostColumns = 64;  // weights of an item of work
+constexpr int64_t kMostColumns = 96;  // weights of an item of work: whole tiles, whole vectors
 
 // fp32 activations; weights widened in registers.
 template <class T>
@@ -77,6 +76,32 @@ struct Ahead {
   int count = 0;
 };
 
+// The lane sums of a tile, stored or added to what is there.
+template <int M, int N, class V, class T>
+EF_INLINE void store_tile(V (&acc)[M][N], bool add_to, T* c, int64_t ldc) {
+#if EIGHTFOLD_LEVEL >= 2
+  if constexpr (N == 6) {
+    EF_UNROLL for (int m = 0; m < M; m++) store_sums(c + m * ldc, sums_of(acc[m]), add_to);
+    EF_UNROLL for (int m = 0; m < M; m += 2) {
+      constexpr int last = M - 1;
+      const int next = m < last ? m + 1 : m;
+      const V pair[4] = {acc[m][4], acc[m][5], acc[next][4], acc[next][5]};
+      const auto s = sums_of(pair);
+      store_low_sums(c + m * ldc + 4, s, add_to);
+      if (next != m) store_low_sums(c + next * ldc + 4, high_half(s), add_to);
+    }
+    return;
+  }
+#endif
+  EF_UNROLL for (int m = 0; m < M; m++) {
+    EF_UNROLL for (int n = 0; n < N; n++) {
+      const T s = sum(acc[m][n]);
+      T& to = c[m * ldc + n];
+      to = add_to ? to + s : s;
+    }
+  }
+}
+
 // M tokens × N weights over `length` elements of K; the lane sums go to (or are added to) c[m · ldc + n].
 // Rows of x are padded with zeros to whole steps.
 template <class D, int M, int N>
@@ -106,18 +131,7 @@ EF_INLINE void tile(const typename D::X* x, int64_t x_stride, const typename D::
       EF_UNROLL for (int n = 0; n < N; n++) D::dot(acc[m][n], xv, wv[n]);
     }
   }
-  EF_UNROLL for (int m = 0; m < M; m++) {
-    typename D::Sum sums[N];
-    if constexpr (N == 4) {
-      sum4(acc[m], sums);
-    } else {
-      EF_UNROLL for (int n = 0; n < N; n++) sums[n] = sum(acc[m][n]);
-    }
-    EF_UNROLL for (int n = 0; n < N; n++) {
-      typename D::Sum& to = c[m * ldc + n];
-      to = add_to ? to + sums[n] : sums[n];
-    }
-  }
+  store_tile<M, N>(acc, add_to, c, ldc);
 }
 
 template <class D, int N, int M = kTileRows>
@@ -149,7 +163,7 @@ EF_INLINE void stream_of(int64_t rows, const typename D::X* x, int64_t x_stride,
   }
 }
 
-// A panel of `width` weight rows (4, or 1 at the end of a matrix) against all tokens; the next panel is brought near
+// A panel of N weight rows (kTileColumns, or 1 at the end of a matrix) against all tokens; the next panel is brought near
 // meanwhile, spread over the tiles.
 template <class D, int N>
 void panel(const typename D::X* x, int64_t x_stride, int64_t rows, const typename D::W* w, int64_t w_stride, int64_t length,

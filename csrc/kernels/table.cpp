@@ -42,7 +42,7 @@ int64_t probe_int8(int64_t iterations) {
     }
   }
   vi total = set1_int(0);
-  for (int i = 0; i < kChains; i++) total = add(total, acc[i]);
+  EF_UNROLL for (int i = 0; i < kChains; i++) total = add(total, acc[i]);
   return sum(total);
 }
 
@@ -57,7 +57,7 @@ int64_t probe_fp32(int64_t iterations) {
     }
   }
   vf total = zero();
-  for (int i = 0; i < kChains; i++) total = add(total, acc[i]);
+  EF_UNROLL for (int i = 0; i < kChains; i++) total = add(total, acc[i]);
   return static_cast<int64_t>(sum(total));
 }
 
@@ -74,7 +74,7 @@ int64_t probe_bf16(int64_t iterations) {
     }
   }
   vf total = zero();
-  for (int i = 0; i < kChains; i++) total = add(total, acc[i]);
+  EF_UNROLL for (int i = 0; i < kChains; i++) total = add(total, acc[i]);
   return static_cast<int64_t>(sum(total));
 }
 #endif

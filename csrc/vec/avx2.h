@@ -6,7 +6,7 @@
 namespace eightfold::EIGHTFOLD_ISA {
 
 constexpr int VL = 8;
-constexpr int kTileRows = 2;  // 2 × 4 accumulators and 5 operands fit the 16 registers
+constexpr int kTileRows = 2, kTileColumns = 4;  // 2 × 4 accumulators and 5 operands fit the 16 registers
 using vf = __m256;
 struct vi {  // a type of its own, or add(vi) and add(vf) could not be told apart in templates over __m256i
   __m256i v;
@@ -39,10 +39,6 @@ EF_INLINE float largest_of(vf a) {
   __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
-}
-template <class V, class T>
-EF_INLINE void sum4(const V* a, T* out) {
-  EF_UNROLL for (int i = 0; i < 4; i++) out[i] = sum(a[i]);
 }
 
 EF_INLINE vf round_even(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

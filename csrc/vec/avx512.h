@@ -6,7 +6,7 @@
 namespace eightfold::EIGHTFOLD_ISA {
 
 constexpr int VL = 16;
-constexpr int kTileRows = 6;  // 6 × 4 accumulators, 4 weights, 1 activation and a constant fill 30 of 32 registers
+constexpr int kTileRows = 4, kTileColumns = 6;  // 24 accumulators, 6 weights, 1 activation and a constant: all 32 registers
 using vf = __m512;
 struct vi {
   __m512i v;
@@ -39,24 +39,39 @@ EF_INLINE float largest_of(vf a) {
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 // Halves of two vectors side by side are added at once: 9 shuffles for four sums.
-EF_INLINE void sum4(const vf* a, float* out) {
+EF_INLINE __m128 sums_of(const vf* a) {
   const vf p = add(_mm512_shuffle_f32x4(a[0], a[1], 0x44), _mm512_shuffle_f32x4(a[0], a[1], 0xee));
   const vf q = add(_mm512_shuffle_f32x4(a[2], a[3], 0x44), _mm512_shuffle_f32x4(a[2], a[3], 0xee));
   vf t = add(_mm512_shuffle_f32x4(p, q, 0x88), _mm512_shuffle_f32x4(p, q, 0xdd));
   t = add(t, _mm512_permute_ps(t, 0x4e));
   t = add(t, _mm512_permute_ps(t, 0xb1));
   const __m512i first = _mm512_castsi128_si512(_mm_setr_epi32(0, 4, 8, 12));
-  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(first, t)));
+  return _mm512_castps512_ps128(_mm512_permutexvar_ps(first, t));
 }
-EF_INLINE void sum4(const vi* a, int32_t* out) {
+EF_INLINE __m128i sums_of(const vi* a) {
   const __m512i p = _mm512_add_epi32(_mm512_shuffle_i32x4(a[0].v, a[1].v, 0x44), _mm512_shuffle_i32x4(a[0].v, a[1].v, 0xee));
   const __m512i q = _mm512_add_epi32(_mm512_shuffle_i32x4(a[2].v, a[3].v, 0x44), _mm512_shuffle_i32x4(a[2].v, a[3].v, 0xee));
   __m512i t = _mm512_add_epi32(_mm512_shuffle_i32x4(p, q, 0x88), _mm512_shuffle_i32x4(p, q, 0xdd));
   t = _mm512_add_epi32(t, _mm512_shuffle_epi32(t, _MM_PERM_ENUM(0x4e)));
   t = _mm512_add_epi32(t, _mm512_shuffle_epi32(t, _MM_PERM_ENUM(0xb1)));
   const __m512i first = _mm512_castsi128_si512(_mm_setr_epi32(0, 4, 8, 12));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_castsi512_si128(_mm512_permutexvar_epi32(first, t)));
+  return _mm512_castsi512_si128(_mm512_permutexvar_epi32(first, t));
 }
+EF_INLINE void store_sums(float* to, __m128 s, bool add_to) { _mm_storeu_ps(to, add_to ? _mm_add_ps(_mm_loadu_ps(to), s) : s); }
+EF_INLINE void store_sums(int32_t* to, __m128i s, bool add_to) {
+  __m128i* at = reinterpret_cast<__m128i*>(to);
+  _mm_storeu_si128(at, add_to ? _mm_add_epi32(_mm_loadu_si128(at), s) : s);
+}
+EF_INLINE void store_low_sums(float* to, __m128 s, bool add_to) {
+  __m64* at = reinterpret_cast<__m64*>(to);
+  _mm_storel_pi(at, add_to ? _mm_add_ps(_mm_loadl_pi(_mm_setzero_ps(), at), s) : s);
+}
+EF_INLINE void store_low_sums(int32_t* to, __m128i s, bool add_to) {
+  __m128i* at = reinterpret_cast<__m128i*>(to);
+  _mm_storel_epi64(at, add_to ? _mm_add_epi32(_mm_loadl_epi64(at), s) : s);
+}
+EF_INLINE __m128 high_half(__m128 s) { return _mm_movehl_ps(s, s); }
+EF_INLINE __m128i high_half(__m128i s) { return _mm_unpackhi_epi64(s, s); }
 
 EF_INLINE vf round_even(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 EF_INLINE vi to_int(vf a) { return {_mm512_cvtps_epi32(a)}; }

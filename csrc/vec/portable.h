@@ -4,7 +4,7 @@
 namespace eightfold::EIGHTFOLD_ISA {
 
 constexpr int VL = 4;
-constexpr int kTileRows = 2;  // tokens of a register tile; four weights wide
+constexpr int kTileRows = 2, kTileColumns = 4;  // tokens of a register tile; four weights wide
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
 typedef uint32_t vu __attribute__((vector_size(16)));
@@ -27,10 +27,6 @@ EF_INLINE int32_t sum(vi a) { return (int32_t)((uint32_t)a[0] + (uint32_t)a[1] +
 EF_INLINE float largest_of(vf a) {
   const float x = a[0] > a[2] ? a[0] : a[2], y = a[1] > a[3] ? a[1] : a[3];
   return x > y ? x : y;
-}
-template <class V, class T>
-EF_INLINE void sum4(const V* a, T* out) {
-  for (int i = 0; i < 4; i++) out[i] = sum(a[i]);
 }
 
 // Adding and taking away 1.5 · 2^23 leaves a whole number, rounded to even, for |a| < 2^22.

@@ -6,7 +6,6 @@
 //   store, store_n   the same way back, rounding to nearest even
 //   fma(a, b, c)     a · b + c (fused where the hardware fuses; the same everywhere within a variant)
 //   sum(a)           all lanes, in one fixed order of pairs: (i, i + VL/2), then (i, i + VL/4), …
-//   sum4(a, out)     four such sums, in the same order each
 //   exp2_of(a)       2^a; exactly 1 at 0, and 0 far below
 //
 // Each variant is compiled into a namespace of its own. Nothing here or in the kernels may instantiate templates of the

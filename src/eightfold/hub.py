@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from importlib import resources
 from pathlib import Path
 
 from eightfold.types import EightfoldError
@@ -41,7 +40,7 @@ def resolve(model: str, download: bool = True, weights: bool = True) -> Path:
 
 
 def _demo() -> Path:
-    folder = Path(str(resources.files("eightfold"))) / "assets" / "demo"
+    folder = Path(__file__).parent / "assets" / "demo"
     if not folder.is_dir():
         raise EightfoldError(f"this installation lacks the demo model ({folder})")
     return folder

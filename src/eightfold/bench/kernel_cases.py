@@ -171,17 +171,17 @@ class Cases:
 
     def _small(self) -> Iterator[Case]:
         """Norm, rotation and router: what they touch is mostly in a cache, as it is in a model."""
-        config, ops, hidden = self._config, self._ops, self._config.hidden_size
-        kv_width = config.num_kv_heads * config.head_dim
-        qkv_width = config.num_heads * config.head_dim + 2 * kv_width
+        config, hidden = self._config, self._config.hidden_size
+        query, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         for tokens in self._tokens:
             norm = Work({"fp32": 4.0 * tokens * hidden}) + activations(tokens, *[hidden] * 4)
             yield Case("rms_norm", "fp32", f"T{tokens}", tokens, norm, "fp32", self._norm_runs(tokens))
-            turned = tokens * (qkv_width - kv_width)
-            rope = Work({"fp32": 3.0 * turned}, 2.0 * tokens * 2 * kv_width)
-            rope += activations(tokens, qkv_width, config.num_heads * config.head_dim)
+        for tokens in self._tokens:
+            rope = Work({"fp32": 3.0 * tokens * (query + keys)}, 2.0 * tokens * 2 * keys)
+            rope += activations(tokens, query + 2 * keys, query)
             yield Case("rope_write_kv", "bfloat16", f"T{tokens}", tokens, rope, "fp32", self._rope_runs(tokens))
-            gate = Format("fp32", ops.dtype.itemsize)
+        gate = Format("fp32", self._ops.dtype.itemsize)
+        for tokens in self._tokens:
             route = linear(tokens, config.num_experts, hidden, gate) + activations(tokens, hidden)
             yield Case("route", "fp32", f"T{tokens}", tokens, route, "fp32", self._route_runs(tokens))
 

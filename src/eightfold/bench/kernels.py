@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eightfold.bench.accounting import Peaks
 from eightfold.bench.kernel_cases import ROTATION_BYTES, TOKENS, Case, Cases, Run, matching
 from eightfold.bench.picture import Point, draw
-from eightfold.bench.probes import Prober, facts
+from eightfold.bench.probes import Prober, as_json, facts, median
 from eightfold.bench.report import Spread, check_outputs, probe_line, table, write_json
 from eightfold.config import ModelConfig
 from eightfold.ops import get_ops
@@ -22,6 +21,7 @@ from eightfold.random_checkpoint import SHAPES
 from eightfold.types import EightfoldError
 
 SAMPLE_SECONDS = 0.02  # a sample repeats short calls for about this long
+PANELS = ("linear w8a8", "linear dense", "moe", "attention")  # of the picture
 PROBE_SECONDS = 2.0  # probe again after this much measuring
 
 
@@ -74,12 +74,16 @@ def run_kernels(options: KernelOptions) -> dict[str, Any]:
     with torch.inference_mode():
         measured = _measure(cases, options.repeat, prober)
     results = [_result(one, prober) for one in measured]
-    report = {"kind": "kernels", **facts(ops), "probes": prober.as_json(), "results": results}
+    report = {"kind": "kernels", **facts(ops), "probes": as_json(prober.readings), "results": results}
     _show(results, prober)
     if options.json:
         write_json(options.json, report)
     if options.png:
-        draw(options.png, "Kernels against the machine's limits", _points(measured, prober), _median(prober), True)
+        points = _points(measured, prober)
+        if points:
+            draw(options.png, "Kernels against the machine's limits", points, median(prober.readings), PANELS)
+        else:
+            print("eightfold: note: no picture: it shows linear, moe and attention only", file=sys.stderr)
     return report
 
 
@@ -109,7 +113,7 @@ def _result(one: _Measured, prober: Prober) -> dict[str, Any]:
     work, seconds = one.case.work, [time for time, _ in one.samples]
     limits = [prober.around(reading) for _, reading in one.samples]
     shares = [work.limit_seconds(peaks) / time for time, peaks in zip(seconds, limits, strict=True)]
-    middle = _median(prober)
+    middle = median(prober.readings)
     return {
         "name": one.case.name,
         "operation": one.case.operation,
@@ -130,11 +134,11 @@ def _result(one: _Measured, prober: Prober) -> dict[str, Any]:
 
 
 def _show(results: Sequence[dict[str, Any]], prober: Prober) -> None:
-    header = ["kernel", "µs", "GOP/s", "GB/s", "bound by", "of the limit"]
+    header = ["kernel", "ms", "GOP/s", "GB/s", "bound by", "of the limit"]
     rows = [
         [
             r["name"],
-            r["seconds_spread"].text(1, 1e6),
+            r["seconds_spread"].text(3, 1e3),
             f"{r['gops']:.1f}",
             f"{r['gbs']:.1f}",
             r["bound"],
@@ -143,7 +147,7 @@ def _show(results: Sequence[dict[str, Any]], prober: Prober) -> None:
         for r in results
     ]
     print(table(header, rows))
-    print(probe_line(prober.as_json()))
+    print(probe_line(as_json(prober.readings)))
     moved = sum(sum(r["probe_moved"]) for r in results)
     total = sum(len(r["probe_moved"]) for r in results)
     print(f"{moved} of {total} samples lie between probes that differ by more than 15 %: treat wide ranges with care")
@@ -151,19 +155,14 @@ def _show(results: Sequence[dict[str, Any]], prober: Prober) -> None:
 
 
 def _points(measured: Sequence[_Measured], prober: Prober) -> list[Point]:
+    """The products and attention: the small operations live in caches, of which the picture knows nothing."""
     points = []
     for one in measured:
-        work, result = one.case.work, _result(one, prober)
-        group = " ".join([one.case.operation, *one.case.detail.split("/")[:-1][:1]])
+        case, work, result = one.case, one.case.work, _result(one, prober)
+        if not any(panel.startswith(case.operation) for panel in PANELS):
+            continue
+        part, _, at = case.detail.partition("/") if case.operation == "linear" else ("", "", case.detail)
+        group = " ".join(filter(None, (case.operation, case.kind, part)))
         middle, share = result["seconds_spread"].median, result["share_spread"].median
-        points.append(
-            Point(group, "", one.case.products, work.total_operations, work.bytes, middle, one.case.tokens, share)
-        )
+        points.append(Point(group, at, case.products, work.total_operations, work.bytes, middle, share))
     return points
-
-
-def _median(prober: Prober) -> Peaks:
-    """The medians of a run's probes."""
-    names = prober.readings[0].operations
-    operations = {name: Spread.of([peaks.operations[name] for peaks in prober.readings]).median for name in names}
-    return Peaks(operations, Spread.of([peaks.read for peaks in prober.readings]).median)

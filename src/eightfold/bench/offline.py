@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from eightfold.bench.accounting import Peaks, full_layer_operations
 from eightfold.bench.first_token import first_token
-from eightfold.bench.folders import model_folder
+from eightfold.bench.folders import model_folder, random_config
 from eightfold.bench.measure import Sample, Session
 from eightfold.bench.picture import Point, draw
 from eightfold.bench.plan import STARTUP_PROMPT, WARM_UP, OfflineOptions, Test, check, engine_fields, planned
-from eightfold.bench.probes import Prober, facts, memory
+from eightfold.bench.probes import Prober, as_json, facts, median, memory
 from eightfold.bench.report import Spread, probe_line, table, write_json
 from eightfold.config import ModelConfig, load_model_config
 
@@ -28,33 +28,26 @@ class Taken(NamedTuple):
     reading: int
 
 
-class Measured(NamedTuple):
-    """A test's samples, and how they are to be judged."""
-
-    test: Test
-    taken: list[Taken]
-    prober: Prober
-    session: Session
-
-
 def run_offline(options: OfflineOptions) -> dict[str, Any]:
     """Measure, print the table, write JSON and picture → the JSON's content. Raises EightfoldError on bad options."""
     check(options)
+    tests = planned(options)
+    if options.model is None:  # a mistake is to be found before gigabytes are written
+        engine_fields(options, "", random_config(options), tests)
     with model_folder(options) as folder:
-        model, tests = load_model_config(folder), planned(options)
+        model = load_model_config(folder)
         startup = _startup(options, str(folder), model) if options.startup else []
-        measured: list[Measured] = []
+        about: dict[str, Any] = {}
+        results: list[dict[str, Any]] = []
+        readings: list[Peaks] = []
         for chunk in dict.fromkeys(test.chunk for test in tests):
             chosen = [test for test in tests if test.chunk == chunk]
-            session = Session.open(engine_fields(options, str(folder), model, chosen))
-            measured += _run(session, chosen, options)
-    results = [_result(one, options) for one in measured]
-    probers = list(dict.fromkeys(one.prober for one in measured))
+            about = _session(engine_fields(options, str(folder), model, chosen), chosen, options, results, readings)
     report = {
         "kind": "offline",
-        **facts(session.ops),
+        **about,
         "model": _described(options, model),
-        "probes": [reading for prober in probers for reading in prober.as_json()],
+        "probes": as_json(readings),
         "startup": startup,
         "memory_at_end": memory(),
         "results": results,
@@ -64,7 +57,7 @@ def run_offline(options: OfflineOptions) -> dict[str, Any]:
         write_json(options.json, report)
     if options.png:
         title = "The engine against the machine's limits: " + report["model"]["name"]
-        draw(options.png, title, _points(measured, results), _median(probers), False)
+        draw(options.png, title, [_point(result) for result in results], median(readings), ("prefill", "decode"))
     return report
 
 
@@ -76,21 +69,31 @@ def _startup(options: OfflineOptions, folder: str, model: ModelConfig) -> list[d
     return [first_token(fields, prompt, options.output_len) for _ in rounds]
 
 
-def _run(session: Session, tests: Sequence[Test], options: OfflineOptions) -> list[Measured]:
-    """Every test once a round, a probe before and after each sample."""
+def _session(
+    fields: dict[str, Any],
+    tests: Sequence[Test],
+    options: OfflineOptions,
+    results: list[dict[str, Any]],
+    readings: list[Peaks],
+) -> dict[str, Any]:
+    """An engine of its own for these tests, gone afterwards: it may fill the memory. Every test once a round, a probe
+    before and after each sample. Appends results and probes → facts about the backend."""
+    session = Session.open(fields)
     prober = Prober(session.ops)
-    measured = [Measured(test, [], prober, session) for test in tests]
+    taken: dict[Test, list[Taken]] = {test: [] for test in tests}
     session.generate(session.random_prompt(WARM_UP[0]), WARM_UP[1])
     for test in tests:
         if test.kind == "decode":  # untimed: fills the prefix cache, and each batch's memory
             session.decode(test.batch, test.depth, 1, options.distinct_prompts)
     prober.take()
     for _ in _progress(range(options.repeat), "Rounds"):
-        for one in measured:
+        for test in tests:
             reading = len(prober.readings) - 1
-            one.taken.append(Taken(_sample(one.session, one.test, options), reading))
+            taken[test].append(Taken(_sample(session, test, options), reading))
             prober.take()
-    return measured
+    results += [_result(test, samples, session, prober, options) for test, samples in taken.items()]
+    readings += prober.readings
+    return facts(session.ops)
 
 
 def _sample(session: Session, test: Test, options: OfflineOptions) -> Sample:
@@ -99,9 +102,11 @@ def _sample(session: Session, test: Test, options: OfflineOptions) -> Sample:
     return session.decode(test.batch, test.depth, options.output_len, options.distinct_prompts)
 
 
-def _result(one: Measured, options: OfflineOptions) -> dict[str, Any]:
-    test, first, model = one.test, one.taken[0].sample, one.session.model
-    samples = [_sample_json(taken, one.prober) for taken in one.taken]
+def _result(
+    test: Test, taken: Sequence[Taken], session: Session, prober: Prober, options: OfflineOptions
+) -> dict[str, Any]:
+    first = taken[0].sample
+    samples = [_sample_json(one, prober) for one in taken]
     return {
         "test": test.name,
         "kind": test.kind,
@@ -110,10 +115,10 @@ def _result(one: Measured, options: OfflineOptions) -> dict[str, Any]:
         "batch": test.batch,
         "depth": test.depth,
         "kv_shared": test.batch > 1 and test.depth > 0 and not options.distinct_prompts,
-        "products": one.session.formats().matrices.products,
+        "products": session.formats().matrices.products,
         "layer_operations": first.work.layers.total_operations,
         # Prefill leaves most of the last layer out; by this number times per layer compare with other engines'.
-        "whole_layers": first.work.layers.total_operations / full_layer_operations(model, first.tokens),
+        "whole_layers": first.work.layers.total_operations / full_layer_operations(session.model, first.tokens),
         "operations": first.work.operations,
         "bytes": first.work.bytes,
         "samples": samples,
@@ -180,21 +185,14 @@ def _show_startup(startup: Sequence[dict[str, Any]]) -> None:
     )
 
 
-def _points(measured: Sequence[Measured], results: Sequence[dict[str, Any]]) -> list[Point]:
-    points = []
-    for one, result in zip(measured, results, strict=True):
-        name, share = one.test.name.removeprefix(one.test.kind), result["share_of_limit_spread"].median
-        seconds = result["seconds_spread"].median
-        numbers = (result["operations"], result["bytes"], seconds, result["tokens"] or result["batch"], share)
-        points.append(Point(one.test.kind, name.strip(), result["products"], *numbers))
-    return points
-
-
-def _median(probers: Sequence[Prober]) -> Peaks:
-    readings = [reading for prober in probers for reading in prober.readings]
-    names = readings[0].operations
-    operations = {name: Spread.of([peaks.operations[name] for peaks in readings]).median for name in names}
-    return Peaks(operations, Spread.of([peaks.read for peaks in readings]).median)
+def _point(result: dict[str, Any]) -> Point:
+    if result["kind"] == "decode":
+        group, at = f"decode depth {result['depth']}", f"batch {result['batch']}"
+    else:
+        group = f"prefill in {result['chunk']}s" if result["chunk"] else "prefill"
+        at = f"{result['tokens']} tokens"
+    seconds, share = result["seconds_spread"].median, result["share_of_limit_spread"].median
+    return Point(group, at, result["products"], result["operations"], result["bytes"], seconds, share)
 
 
 def _progress(over: range, title: str) -> Any:

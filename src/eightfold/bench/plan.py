@@ -28,7 +28,7 @@ class OfflineOptions:
     kv_cache_dtype: str = "auto"
     device: str = "cpu"
     threads: int | None = None
-    load_mode: str | None = None
+    load_mode: str = "mmap"
     prefill: Sequence[int] = (64, 512, 2048)
     chunk: int = 512
     decode_batch: Sequence[int] = (1, 8, 32)
@@ -102,7 +102,7 @@ def engine_fields(options: OfflineOptions, folder: str, model: ModelConfig, test
             f"{model.max_position_embeddings}: lower --prefill, --depth or --output-len"
         )
     pages = max(_pages(options, tests), -(-longest // PAGE_SIZE))
-    fields: dict[str, Any] = {
+    return {
         "model": folder,
         "dtype": options.dtype or "auto",
         "kv_cache_dtype": options.kv_cache_dtype,
@@ -114,11 +114,9 @@ def engine_fields(options: OfflineOptions, folder: str, model: ModelConfig, test
         "max_num_seqs": max([1 + pages * PAGE_SIZE // longest, *(test.batch for test in tests)]),
         "max_num_batched_tokens": _step_tokens(tests),
         "kv_cache_memory_bytes": pages * PAGE_SIZE * _kv_token_bytes(options, model),
+        "load_mode": options.load_mode,
         "skip_tokenizer_init": True,
     }
-    if options.load_mode is not None:
-        fields["load_mode"] = options.load_mode
-    return fields
 
 
 def _length(test: Test, options: OfflineOptions) -> int:

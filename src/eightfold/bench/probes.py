@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import platform
 import resource
+import statistics
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,14 +50,23 @@ class Prober:
         pairs = [(before.operations[name], after.operations[name]) for name in before.operations]
         return any(abs(a - b) > MOVED * min(a, b) for a, b in [*pairs, (before.read, after.read)])
 
-    def as_json(self) -> list[dict[str, float]]:
-        """The readings: GOP/s by number format, and GB/s."""
-        named = [{f"{name}_gops": v / 1e9 for name, v in peaks.operations.items()} for peaks in self.readings]
-        return [{**one, "read_gbs": peaks.read / 1e9} for one, peaks in zip(named, self.readings, strict=True)]
+
+def as_json(readings: Sequence[Peaks]) -> list[dict[str, float]]:
+    """Readings as GOP/s by number format, and GB/s."""
+    named = [{f"{name}_gops": value / 1e9 for name, value in peaks.operations.items()} for peaks in readings]
+    return [{**one, "read_gbs": peaks.read / 1e9} for one, peaks in zip(named, readings, strict=True)]
 
 
-def _peaks(reading: dict[str, float]) -> Peaks:
+def median(readings: Sequence[Peaks]) -> Peaks:
+    """The medians of a run's probes."""
+    names = readings[0].operations
+    operations = {name: statistics.median(peaks.operations[name] for peaks in readings) for name in names}
+    return Peaks(operations, statistics.median(peaks.read for peaks in readings))
+
+
+def _peaks(reading: Mapping[str, float]) -> Peaks:
     operations = {name: value for name, value in reading.items() if name != "read"}
+    operations["bf16"] = operations["bf16"] or operations["fp32"]  # without such instructions it is done in fp32
     return Peaks(operations, reading["read"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +27,8 @@ def load(args: argparse.Namespace) -> tuple[LLM, float]:
     """The model that the options describe, and the seconds that loading it took."""
     if args.trust_remote_code:
         note("--trust-remote-code has no effect: no code from a checkpoint is ever executed here")
-    with progress("Loading", "layer") as update:
+    logging.basicConfig(format="eightfold: %(message)s")  # warnings of the engine, such as too little memory
+    with progress("Loading", "B", scale=True) as update:
         from eightfold.llm import LLM  # imports torch, for which a mistake in the arguments should not have to wait
 
         start = time.perf_counter()

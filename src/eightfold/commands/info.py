@@ -28,7 +28,7 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def main(args: argparse.Namespace) -> int:
-    folder = resolve(args.model, download=False)  # 90 GB are not to be fetched for a question about them
+    folder = resolve(args.model, weights=False)  # 90 GB are not to be fetched for a question about them
     facts = gather(args, folder, load_model_config(folder))
     print(json.dumps(facts) if args.json else render(facts))
     return 0
@@ -104,7 +104,7 @@ def render(facts: dict[str, Any]) -> str:
 def _stored(folder: Path, config: ModelConfig) -> dict[str, Any] | None:
     """What lies in the folder; None where it has no weights. Pickles are not opened."""
     weights = find_weights(folder)
-    if weights is None:
+    if weights is None or not weights.files:  # an index alone is what a description from the hub comes with
         return None
     dtypes = {}
     if not weights.pickled:

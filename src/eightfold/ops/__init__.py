@@ -103,6 +103,11 @@ class Ops:
         self.dtype = dtype
         self.device = torch.device(device)
 
+    @property
+    def threads(self) -> int:
+        """How many threads compute."""
+        return torch.get_num_threads()
+
     def new_pages(self, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Pages:
         """Memory for one layer's keys and values; not cleared, so on a CPU it costs nothing until it is written."""
         shape = (num_pages, kv_heads, page_size, head_dim)

@@ -14,7 +14,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ _Matrix = tuple[int, int, int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class _Linear:
-    """The handle of `prepare_linear`: without a kernel if `native` is None. `scales` keeps memory that the kernel reads."""
+    """The handle of `prepare_linear`; `native` is None without a kernel; `scales` keeps what the kernel reads alive."""
 
     weights: tuple[Weight, ...]
     width: int
@@ -56,10 +56,10 @@ class _Experts:
 class CpuOps(Ops):
     """Native kernels for everything but `embed`.
 
-    `threads` is the size of its thread pool, by default the processors that this process may use; a second pool would fight
-    with it, so torch is set to one thread. `isa` names a kernel variant, by default what EIGHTFOLD_CPU_ISA says or
-    else the best that the processor can run. What no kernel supports goes to the torch reference, with one warning, or
-    is refused with EightfoldError if `strict_kernels`.
+    `threads` is the size of its thread pool, by default the processors that this process may use; a second pool would
+    fight with it, so torch is set to one thread. `isa` names a kernel variant, by default what EIGHTFOLD_CPU_ISA says
+    or else the best that the processor can run. What no kernel supports goes to the torch reference, with one warning,
+    or is refused with EightfoldError if `strict_kernels`.
     """
 
     name: ClassVar[str] = "cpu"
@@ -255,7 +255,9 @@ class CpuOps(Ops):
     def _fall_back(self, operation: str, reason: str) -> None:
         """Says once that the reference will run, or refuses."""
         if self.strict_kernels:
-            raise EightfoldError(f"{operation} has no native kernel for {reason}; without strict_kernels torch would run it")
+            raise EightfoldError(
+                f"{operation} has no native kernel for {reason}; without strict_kernels torch would run it"
+            )
         message = f"{operation} has no native kernel for {reason}: the torch reference runs it, slowly"
         if message not in self._said:
             self._said.add(message)

@@ -1,7 +1,7 @@
 """Scheme `w8a8`: int8 weights with one scale an output channel, activations quantized to int8 token by token.
 
 Stored as `weight` int8 [out, in] and `weight_scale` [out, 1] (or [out]), which is how MindIE's w8a8_dynamic and
-compressed-tensors' int8 name them; a `weight_offset` may stand beside them and must be zero, as the scheme is symmetric.
+compressed-tensors' int8 name them; a `weight_offset` may stand beside them and must be zero: the scheme is symmetric.
 
     q[t, i]   = round(x[t, i] · 127 / absmax[t])          half to even, in fp32
     y[t, n]   = (Σ q[t, i] · weight[n, i]) · (absmax[t] / 127) · weight_scale[n]
@@ -72,14 +72,16 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def integer_sums(q: Tensor, weight: Tensor) -> Tensor:
     """int8 [T, in] and int8 [out, in] → the exact q · weightᵀ as int32 [T, out].
 
-    Taken through fp32 products of a few columns and some rows at a time, which every device has and which bounds memory.
+    Taken through fp32 products of some columns and rows at a time, which every device has and which bounds memory.
     """
     rows = max(1, BLOCK_BYTES // (4 * weight.shape[1]))
     blocks = []
-    for block in weight.split(rows):
+    for first in range(0, len(weight), rows):
+        block = weight[first : first + rows]
         total = torch.zeros(len(q), len(block), dtype=torch.int32, device=q.device)
-        for x, w in zip(q.split(EXACT_COLUMNS, 1), block.split(EXACT_COLUMNS, 1), strict=True):
-            total += F.linear(x.float(), w.float()).int()
+        for start in range(0, q.shape[1], EXACT_COLUMNS):
+            columns = slice(start, start + EXACT_COLUMNS)
+            total += F.linear(q[:, columns].float(), block[:, columns].float()).int()
         blocks.append(total)
     return torch.cat(blocks, -1)
 
@@ -96,22 +98,24 @@ class W8A8Scheme:
         }
 
     def wrap(self, parts: Mapping[str, Tensor]) -> W8A8Weight:
-        """A weight over stored tensors. Raises EightfoldError on a scale that is NaN, infinite or negative, on a zero scale
-        of a row that is not zero, and on an offset other than zero."""
+        """A weight over stored tensors. Raises EightfoldError on a scale that is NaN, infinite or negative, on a zero
+        scale of a row that is not zero, and on an offset other than zero."""
         weight, scale = parts["weight"], parts["weight_scale"].reshape(-1)
         wide = scale.float()
         _refuse(~wide.isfinite(), wide, "weight_scale", "finite")
         _refuse(wide < 0, wide, "weight_scale", "positive")
         for row in (wide == 0).nonzero().flatten().tolist():
             if weight[row].any():
-                raise EightfoldError(f"weight_scale is 0 in row {row}, whose weights are not all 0; it must be positive")
+                raise EightfoldError(
+                    f"weight_scale is 0 in row {row}, whose weights are not all 0; it must be positive"
+                )
         if (offset := parts.get("weight_offset")) is not None:
             flat = offset.reshape(-1).float()
             _refuse(flat != 0, flat, "weight_offset", "0, as w8a8 is symmetric")
         return W8A8Weight(weight, scale[:, None])
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        """A float matrix [out, in] → int8 and scales absmax / 127; what they give back is within half a step of the source.
+        """A float matrix [out, in] → int8 and scales absmax / 127, which give it back to half a step.
 
         Raises EightfoldError if a value is not finite.
         """
@@ -124,7 +128,9 @@ class W8A8Scheme:
             absmax = wide.abs().amax(1, keepdim=True)
             if not bool(absmax.isfinite().all()):
                 row = start + int((~absmax.isfinite()).flatten().nonzero()[0])
-                raise EightfoldError(f"row {row} of a matrix to quantize holds an infinity or a NaN; weights must be finite")
+                raise EightfoldError(
+                    f"row {row} of a matrix to quantize holds an infinity or a NaN; weights must be finite"
+                )
             scale = (absmax / 127.0).clamp(min=smallest)
             quantized[start : start + rows] = (wide / scale).round().clamp(-127, 127)
             scales[start : start + rows] = torch.where(absmax == 0, 0.0, scale)
