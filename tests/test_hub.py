@@ -38,7 +38,7 @@ def test_what_looks_like_a_folder_is_not_looked_for_elsewhere(name: str, monkeyp
 
 
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eightfold.hub.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(eightfold.hub, "__file__", str(tmp_path / "hub.py"))
     with pytest.raises(EightfoldError, match="lacks the demo model"):
         resolve("demo")
     (tmp_path / "assets" / "demo").mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +74,20 @@ def test_bf16_weights_in_fp32_arithmetic_are_exact(device: str, tmp_path: Path) 
         expected = model(torch.tensor([ids])).logits[0]
     got = Bare(tmp_path, device, torch.float32).logits(ids)
     assert (got - expected).abs().max() <= 2e-4 * expected.abs().max()
+
+
+def table(folder: Path) -> None:
+    """Prints the largest difference from transformers' logits, as a share of the largest logit, for each model."""
+    print(f"{'fp32 against transformers':26}" + "".join(f"{device:>10}" for device in DEVICES))
+    for name, changes in CONFIGS.items():
+        model = save_hf(folder / name, **changes)
+        ids = prompt(model.config.vocab_size)
+        with torch.no_grad():
+            expected = model(torch.tensor([ids])).logits[0]
+        worst = [(Bare(folder / name, device).logits(ids) - expected).abs().max() for device in DEVICES]
+        print(f"{name:26}" + "".join(f"{float(w / expected.abs().max()):10.1e}" for w in worst), flush=True)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        table(Path(folder))

@@ -10,6 +10,8 @@
 
 namespace eightfold::EIGHTFOLD_ISA {
 
+constexpr int kStreamRows = 4;           // at most so many tokens, of so many bytes, go past the weights row by row:
+constexpr int64_t kStreamBytes = 16384;  // more of them do not stay in the first-level cache while weights stream by
 constexpr int64_t kMostRows = 144;  // tokens that go through a block of weights together
 constexpr int64_t kMostColumns = 96;  // weights of an item of work: whole tiles, whole vectors
 
@@ -27,7 +29,6 @@ struct DotFloat {
     vf v;
   };
   static constexpr int64_t kStep = VL, kBlock = 1024;
-  static constexpr int kStreamRows = VL == 16 ? 4 : 2;
   static EF_INLINE Vector start() { return zero(); }
   static EF_INLINE XV load_x(const X* p) { return {load(p)}; }
   static EF_INLINE WV load_w(const W* p) { return {load(p)}; }
@@ -43,7 +44,6 @@ struct DotInt8 {
   using XV = Quantized;
   using WV = Weights8;
   static constexpr int64_t kStep = kDot8, kBlock = 4096;
-  static constexpr int kStreamRows = 8;
   static EF_INLINE Vector start() { return set1_int(0); }
   static EF_INLINE XV load_x(const X* p) { return load_quantized(p); }
   static EF_INLINE WV load_w(const W* p) { return load_weights8(p); }
@@ -60,7 +60,6 @@ struct DotBf16 {
   using XV = Pairs;
   using WV = Pairs;
   static constexpr int64_t kStep = 32, kBlock = 2048;
-  static constexpr int kStreamRows = 6;
   static EF_INLINE Vector start() { return zero(); }
   static EF_INLINE XV load_x(const X* p) { return load_pairs(p); }
   static EF_INLINE WV load_w(const W* p) { return load_pairs(p); }
@@ -69,12 +68,18 @@ struct DotBf16 {
 };
 #endif
 
-// Lines to bring near while a tile is computed: `count` rows, one line of each per 64 bytes of weights.
+// Weights to bring near while a tile is computed: rows of `row_bytes`, one after the other, `count` lines a step. In the
+// order of the file, so that the processor's own prefetcher takes part.
 struct Ahead {
   const char* at = nullptr;
-  int64_t stride = 0;
+  int64_t stride = 0, row_bytes = 0;
   int count = 0;
 };
+
+EF_INLINE float plus(float a, float b) { return a + b; }
+EF_INLINE int32_t plus(int32_t a, int32_t b) {  // sums with 128 added to the weights may wrap, and wrap back
+  return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
+}
 
 // The lane sums of a tile, stored or added to what is there.
 template <int M, int N, class V, class T>
@@ -97,7 +102,7 @@ EF_INLINE void store_tile(V (&acc)[M][N], bool add_to, T* c, int64_t ldc) {
     EF_UNROLL for (int n = 0; n < N; n++) {
       const T s = sum(acc[m][n]);
       T& to = c[m * ldc + n];
-      to = add_to ? to + s : s;
+      to = add_to ? plus(to, s) : s;
     }
   }
 }
@@ -110,11 +115,14 @@ EF_INLINE void tile(const typename D::X* x, int64_t x_stride, const typename D::
   typename D::Vector acc[M][N];
   EF_UNROLL for (int m = 0; m < M; m++) EF_UNROLL for (int n = 0; n < N; n++) acc[m][n] = D::start();
   const int64_t whole = length / D::kStep * D::kStep;
-  int64_t k = 0;
+  int64_t k = 0, line = 0;
   for (; k < whole; k += D::kStep) {
     if constexpr (N > 1) {
-      for (int i = 0; i < ahead.count; i++)
-        __builtin_prefetch(ahead.at + i * ahead.stride + k * static_cast<int64_t>(sizeof *w), 0, 2);
+      for (int i = 0; i < ahead.count; i++) {
+        __builtin_prefetch(ahead.at + line, 0, 3);
+        line += 64;
+        if (line >= ahead.row_bytes) line = 0, ahead.at += ahead.stride;
+      }
     }
     typename D::WV wv[N];
     EF_UNROLL for (int n = 0; n < N; n++) wv[n] = D::load_w(w + n * w_stride + k);
@@ -175,7 +183,7 @@ void panel(const typename D::X* x, int64_t x_stride, int64_t rows, const typenam
     const int height = static_cast<int>(each + (t < longer));
     const int64_t wanted = (t + 1) * N / tiles;  // rows of the next panel that this tile should have brought near
     const Ahead ahead{reinterpret_cast<const char*>(next) + fetched * stride_bytes, stride_bytes,
-                      static_cast<int>(wanted - fetched)};
+                      length * static_cast<int64_t>(sizeof *w), static_cast<int>(wanted - fetched)};
     fetched = wanted;
     tile_of<D, N>(height, x + m * x_stride, x_stride, w, w_stride, length, add_to, c + m * ldc, ldc, ahead);
     m += height;
@@ -186,8 +194,8 @@ void panel(const typename D::X* x, int64_t x_stride, int64_t rows, const typenam
 template <class D>
 void product(const typename D::X* x, int64_t x_stride, int64_t rows, const typename D::W* w, int64_t w_stride, int64_t columns,
              int64_t length, typename D::Sum* c, int64_t ldc) {
-  if (rows <= D::kStreamRows) {
-    stream_of<D, D::kStreamRows>(rows, x, x_stride, w, w_stride, columns, length, c, ldc);
+  if (rows == 1 || (rows <= kStreamRows && rows * length * static_cast<int64_t>(sizeof *x) <= kStreamBytes)) {
+    stream_of<D, kStreamRows>(rows, x, x_stride, w, w_stride, columns, length, c, ldc);
     return;
   }
   for (int64_t k = 0; k < length; k += D::kBlock) {

@@ -18,6 +18,7 @@ namespace {
 
 constexpr int kChains = VL == 16 ? 16 : 10;  // enough to hide the latency, few enough for the registers
 
+// Keeps the compiler from seeing through a loop.
 template <class V>
 EF_INLINE void keep(V& v) {
 #if defined(__x86_64__)
@@ -26,6 +27,9 @@ EF_INLINE void keep(V& v) {
   __asm__ volatile("" : "+w"(v));
 #endif
 }
+#if EIGHTFOLD_LEVEL >= 1
+EF_INLINE void keep(vi& a) { keep(a.v); }
+#endif
 
 int64_t probe_int8(int64_t iterations) {
   quantized ones[kDot8];

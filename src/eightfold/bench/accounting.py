@@ -103,11 +103,6 @@ def activations(tokens: int, *widths: int) -> Work:
     return Work({}, float(ACTIVATION_BYTES * tokens * sum(widths)))
 
 
-def expected_experts(tokens: int, config: ModelConfig) -> float:
-    """Different experts hit by `tokens` whose choices are random: K of E without repetition, each its own."""
-    return config.num_experts * (1 - (1 - config.experts_per_token / config.num_experts) ** tokens)
-
-
 class Row(NamedTuple):
     """A sequence's part in a step: its last `new` of `kv_len` tokens."""
 

@@ -71,19 +71,24 @@ class _Watch:
 def main(argument: str) -> None:
     """The child."""
     from eightfold.bench.measure import Session  # imports torch: part of what is timed
+    from eightfold.bench.probes import major_faults, memory
 
-    wish = json.loads(argument)
+    wish, before = json.loads(argument), memory().get("anonymous", 0)
     session = Session.open(wish["engine"])
     session.generate([3] * PROMPT, 1)
     print(MARK, flush=True)
-
-    from eightfold.bench.probes import major_faults, memory
-
     with _Watch() as watch:
         session.generate(list(session.random_prompt(wish["prompt"])), wish["output_len"])
-    used = {"major_faults": major_faults(), "peak_bytes": memory().get("peak", 0), "anonymous_bytes": watch.most}
-    used["kv_bytes"] = session.kv_bytes(PROMPT + 1) + session.kv_bytes(wish["prompt"] + wish["output_len"])
-    print(json.dumps({**used, "anonymous_beyond_kv_bytes": used["anonymous_bytes"] - used["kv_bytes"]}))
+    kv = session.kv_bytes(PROMPT + 1) + session.kv_bytes(wish["prompt"] + wish["output_len"])
+    used = {
+        "major_faults": major_faults(),
+        "peak_bytes": memory().get("peak", 0),
+        "anonymous_before_loading_bytes": before,
+        "anonymous_bytes": watch.most,
+        "kv_bytes": kv,
+        "anonymous_beyond_kv_bytes": watch.most - kv,
+    }
+    print(json.dumps(used))
 
 
 if __name__ == "__main__":

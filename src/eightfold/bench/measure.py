@@ -52,6 +52,11 @@ class Session:
     def ops(self) -> Ops:
         return self._routes.ops
 
+    @property
+    def preemptions(self) -> int:
+        """How often a sequence lost its pages; none should, or what was timed is not what was asked for."""
+        return self._engine.scheduler.num_preemptions
+
     def random_prompt(self, length: int) -> list[int]:
         return self._random.choices(range(self.model.vocab_size), k=length)
 

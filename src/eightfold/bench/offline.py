@@ -180,7 +180,8 @@ def _show_startup(startup: Sequence[dict[str, Any]]) -> None:
 
     print(
         f"process start to first token: {spread('seconds', 2)} s ({spread('major_faults', 0)} major faults in all)\n"
-        f"memory of that process: {spread('anonymous_beyond_kv_bytes', 0, 1e-6)} MB anonymous beyond KV pages, "
+        f"memory of that process: {spread('anonymous_beyond_kv_bytes', 0, 1e-6)} MB anonymous beyond KV pages "
+        f"({spread('anonymous_before_loading_bytes', 0, 1e-6)} MB of them Python and torch before loading), "
         f"{spread('peak_bytes', 2, 1e-9)} GB at its peak with the mapped files"
     )
 

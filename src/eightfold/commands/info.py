@@ -66,7 +66,7 @@ def gather(args: argparse.Namespace, folder: Path, config: ModelConfig) -> dict[
         "backend": {
             "device": args.device,
             "dtype": _name(dtype),
-            "threads": getattr(ops, "threads", torch.get_num_threads()),
+            "threads": ops.threads,
             "kernels": {op: {scheme: ops.kernel(op, scheme) for scheme in SCHEMES} for op in BY_SCHEME}
             | {op: {"any": ops.kernel(op, "dense")} for op in OTHERS},
         },

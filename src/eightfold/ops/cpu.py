@@ -90,6 +90,16 @@ class CpuOps(Ops):
     def isa(self) -> str:
         return self.engine.isa
 
+    def probe(self) -> dict[str, float]:
+        """What the machine can do now: operations per second by number format, and bytes per second of "read"."""
+        threads, isa = self.threads, self.isa
+        return {
+            "int8": _native.probe_int8_peak(threads, 50.0, isa),
+            "bf16": _native.probe_bf16_peak(threads, 50.0, isa),
+            "fp32": _native.probe_fp32_peak(threads, 50.0, isa),
+            "read": _native.probe_read_bandwidth(512 << 20, threads, isa),
+        }
+
     def prepare_linear(self, weights: Sequence[Weight]) -> _Linear:
         """Weights [out, in] of the same width → the handle for `linear`. They stay where they are."""
         scales: list[Tensor] = []

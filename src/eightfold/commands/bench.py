@@ -1,0 +1,3 @@
+"""`eightfold bench`: see `eightfold.bench.cli`."""
+
+from eightfold.bench.cli import main as main
