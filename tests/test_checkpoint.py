@@ -380,7 +380,7 @@ def test_a_refused_lock_says_what_to_do(source: Path, monkeypatch: pytest.Monkey
             return -1
 
     monkeypatch.setattr(ctypes, "CDLL", lambda *args, **options: Libc())
-    with pytest.raises(EightfoldError, match="cannot lock the weights in memory .*ulimit -l"):
+    with pytest.raises(EightfoldError, match=r"cannot lock the weights in memory .*ulimit -l"):
         Checkpoint.open(source, load_model_config(source), load_mode="lock")
 
 

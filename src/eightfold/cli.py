@@ -34,7 +34,9 @@ COMMANDS: dict[str, Command] = {
     "run": Command("answer prompts, streaming", "MODEL [PROMPT …]", options.add_run, options.RUN_EPILOG),
     "chat": Command("talk with the model", "MODEL", options.add_chat, options.CHAT_EPILOG),
     "info": Command("what a model is, and what it needs on this machine", "MODEL", options.add_info),
-    "bench": Command("measure kernels, or the whole engine", "{kernels,offline} [MODEL]", bench.add_options, bench.EPILOG),
+    "bench": Command(
+        "measure kernels, or the whole engine", "{kernels,offline} [MODEL]", bench.add_options, bench.EPILOG
+    ),
     "make-random": Command("write a checkpoint of random weights, to measure with", "DST", options.add_make_random),
 }
 
