@@ -12,7 +12,8 @@ using namespace eightfold;
 namespace {
 
 using Address = uintptr_t;
-using MatrixTuple = std::tuple<Address, Address, int64_t, int64_t, int64_t, int>;  // data, scale, rows, cols, stride, dtype
+using MatrixTuple =
+    std::tuple<Address, Address, int64_t, int64_t, int64_t, int>;  // data, scale, rows, cols, stride, dtype
 using Strides = std::tuple<int64_t, int64_t, int64_t>;
 
 template <class T = float>
@@ -40,14 +41,14 @@ void copy_strides(const Strides& from, int64_t* to) {
 
 void rms_norm(Engine& engine, Address x, int64_t x_stride, Address residual, int64_t residual_stride, Address weight,
               int weight_dtype, Address out, Address total, int64_t tokens, int64_t width, float eps) {
-  engine.rms_norm({pointer(x), pointer(residual), pointer<void>(weight), dtype_of(weight_dtype), pointer(out), pointer(total),
-                   tokens, width, x_stride, residual_stride, eps});
+  engine.rms_norm({pointer(x), pointer(residual), pointer<void>(weight), dtype_of(weight_dtype), pointer(out),
+                   pointer(total), tokens, width, x_stride, residual_stride, eps});
 }
 
-void rope_write(Engine& engine, Address qkv, int64_t qkv_stride, Address cos, Address sin, int64_t table_rows, Address positions,
-                Address slots, Address q, Address k, Address v, int kv_dtype, const Strides& k_strides, const Strides& v_strides,
-                int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim, int64_t pages, int64_t page_size,
-                bool interleaved) {
+void rope_write(Engine& engine, Address qkv, int64_t qkv_stride, Address cos, Address sin, int64_t table_rows,
+                Address positions, Address slots, Address q, Address k, Address v, int kv_dtype,
+                const Strides& k_strides, const Strides& v_strides, int64_t tokens, int64_t heads, int64_t kv_heads,
+                int64_t dim, int64_t pages, int64_t page_size, bool interleaved) {
   RopeWrite args{};
   args.qkv = pointer(qkv);
   args.qkv_stride = qkv_stride;
@@ -71,9 +72,9 @@ void rope_write(Engine& engine, Address qkv, int64_t qkv_stride, Address cos, Ad
 }
 
 void attention(Engine& engine, Address q, Address out, Address k, Address v, int kv_dtype, const Strides& k_strides,
-               const Strides& v_strides, Address query_starts, Address kv_lens, Address page_table, int64_t table_stride,
-               int64_t tokens, int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim, int64_t pages, int64_t page_size,
-               int64_t window, bool bf16_products) {
+               const Strides& v_strides, Address query_starts, Address kv_lens, Address page_table,
+               int64_t table_stride, int64_t tokens, int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim,
+               int64_t pages, int64_t page_size, int64_t window, bool bf16_products) {
   Attention args{};
   args.q = pointer(q);
   args.out = pointer(out);
@@ -99,8 +100,8 @@ void attention(Engine& engine, Address q, Address out, Address k, Address v, int
 
 void route(Engine& engine, Address x, int64_t x_stride, Address gate, int gate_dtype, int64_t gate_stride, Address ids,
            Address weights, int64_t tokens, int64_t width, int experts, int chosen) {
-  engine.route({pointer(x), pointer<void>(gate), dtype_of(gate_dtype), pointer<int32_t>(ids), pointer(weights), tokens, width,
-                x_stride, gate_stride, experts, chosen});
+  engine.route({pointer(x), pointer<void>(gate), dtype_of(gate_dtype), pointer<int32_t>(ids), pointer(weights), tokens,
+                width, x_stride, gate_stride, experts, chosen});
 }
 
 std::vector<std::string> names(bool only_usable) {
@@ -122,16 +123,22 @@ NB_MODULE(_native, m) {
   m.def("available_isas", [] { return names(true); }, "Those that this processor can run, best last.");
   m.def("isa", [] { return std::string(find_variant("")->name); }, "The best variant that this processor can run.");
   m.def("num_threads", &usable_cpus, "Processors that this process may use.");
-  m.def("probe_int8_peak", [](int threads, double ms, const std::string& isa) { return probe_operations(0, threads, ms, isa); },
-        nb::arg("threads") = 0, nb::arg("ms") = 50.0, nb::arg("isa") = "", release(),
-        "int8 operations per second (a product and a sum are two) of a loop over registers.");
-  m.def("probe_bf16_peak", [](int threads, double ms, const std::string& isa) { return probe_operations(1, threads, ms, isa); },
-        nb::arg("threads") = 0, nb::arg("ms") = 50.0, nb::arg("isa") = "", release(),
-        "The same for bf16 products with fp32 sums; 0 where there is no such instruction.");
-  m.def("probe_fp32_peak", [](int threads, double ms, const std::string& isa) { return probe_operations(2, threads, ms, isa); },
-        nb::arg("threads") = 0, nb::arg("ms") = 50.0, nb::arg("isa") = "", release(), "The same for fp32.");
-  m.def("probe_read_bandwidth", &probe_read_bandwidth, nb::arg("nbytes"), nb::arg("threads") = 0, nb::arg("isa") = "", release(),
-        "Bytes per second of reading nbytes of huge pages once; the best of four.");
+  m.def(
+      "probe_int8_peak",
+      [](int threads, double ms, const std::string& isa) { return probe_operations(0, threads, ms, isa); },
+      nb::arg("threads") = 0, nb::arg("ms") = 50.0, nb::arg("isa") = "", release(),
+      "int8 operations per second (a product and a sum are two) of a loop over registers.");
+  m.def(
+      "probe_bf16_peak",
+      [](int threads, double ms, const std::string& isa) { return probe_operations(1, threads, ms, isa); },
+      nb::arg("threads") = 0, nb::arg("ms") = 50.0, nb::arg("isa") = "", release(),
+      "The same for bf16 products with fp32 sums; 0 where there is no such instruction.");
+  m.def(
+      "probe_fp32_peak",
+      [](int threads, double ms, const std::string& isa) { return probe_operations(2, threads, ms, isa); },
+      nb::arg("threads") = 0, nb::arg("ms") = 50.0, nb::arg("isa") = "", release(), "The same for fp32.");
+  m.def("probe_read_bandwidth", &probe_read_bandwidth, nb::arg("nbytes"), nb::arg("threads") = 0, nb::arg("isa") = "",
+        release(), "Bytes per second of reading nbytes of huge pages once; the best of four.");
 
   nb::class_<Engine>(m, "Engine", "A kernel variant and its threads.")
       .def(nb::init<int, const std::string&>(), nb::arg("threads") = 0, nb::arg("isa") = "")
@@ -144,28 +151,33 @@ NB_MODULE(_native, m) {
       .def("route", &route, release());
 
   nb::class_<LinearWeights>(m, "Linear", "Matrices that are multiplied side by side.")
-      .def("__init__",
-           [](LinearWeights* self, Engine& engine, const std::vector<MatrixTuple>& weights, bool rounded) {
-             new (self) LinearWeights(engine, matrices(weights), rounded);
-           },
-           nb::keep_alive<1, 2>())
-      .def("run",
-           [](LinearWeights& self, Address x, int64_t x_stride, int64_t tokens, Address out) {
-             self.run(pointer(x), x_stride, tokens, pointer(out));
-           },
-           release());
+      .def(
+          "__init__",
+          [](LinearWeights* self, Engine& engine, const std::vector<MatrixTuple>& weights, bool rounded) {
+            new (self) LinearWeights(engine, matrices(weights), rounded);
+          },
+          nb::keep_alive<1, 2>())
+      .def(
+          "run",
+          [](LinearWeights& self, Address x, int64_t x_stride, int64_t tokens, Address out) {
+            self.run(pointer(x), x_stride, tokens, pointer(out));
+          },
+          release());
 
   nb::class_<ExpertSet>(m, "Experts", "The experts of a layer.")
-      .def("__init__",
-           [](ExpertSet* self, Engine& engine, const std::vector<std::vector<MatrixTuple>>& experts, bool rounded) {
-             std::vector<std::vector<Matrix>> all;
-             for (const auto& e : experts) all.push_back(matrices(e));
-             new (self) ExpertSet(engine, all, rounded);
-           },
-           nb::keep_alive<1, 2>())
-      .def("run",
-           [](ExpertSet& self, Address x, int64_t x_stride, int64_t tokens, Address ids, Address weights, int chosen, Address out) {
-             self.run(pointer(x), x_stride, tokens, pointer<int32_t>(ids), pointer(weights), chosen, pointer(out));
-           },
-           release());
+      .def(
+          "__init__",
+          [](ExpertSet* self, Engine& engine, const std::vector<std::vector<MatrixTuple>>& experts, bool rounded) {
+            std::vector<std::vector<Matrix>> all;
+            for (const auto& e : experts) all.push_back(matrices(e));
+            new (self) ExpertSet(engine, all, rounded);
+          },
+          nb::keep_alive<1, 2>())
+      .def(
+          "run",
+          [](ExpertSet& self, Address x, int64_t x_stride, int64_t tokens, Address ids, Address weights, int chosen,
+             Address out) {
+            self.run(pointer(x), x_stride, tokens, pointer<int32_t>(ids), pointer(weights), chosen, pointer(out));
+          },
+          release());
 }

@@ -7,8 +7,8 @@
 
 namespace eightfold {
 
-#define EF_VARIANT(name) \
-  namespace name {       \
+#define EF_VARIANT(name)        \
+  namespace name {              \
   extern const Kernels kernels; \
   }
 EF_VARIANT(portable)
@@ -50,8 +50,10 @@ Features detect() {
 const Variant* variants(int* count) {
 #if defined(EIGHTFOLD_X86)
   static const Features f = detect();
-  static const Variant all[] = {
-      {&portable::kernels, true}, {&avx2::kernels, f.avx2}, {&avx512::kernels, f.avx512}, {&avx512vnni::kernels, f.vnni_bf16}};
+  static const Variant all[] = {{&portable::kernels, true},
+                                {&avx2::kernels, f.avx2},
+                                {&avx512::kernels, f.avx512},
+                                {&avx512vnni::kernels, f.vnni_bf16}};
 #else
   static const Variant all[] = {{&portable::kernels, true}};
 #endif

@@ -38,7 +38,8 @@ PreparedPlace place(Layout& layout, Input input, int64_t rows, int64_t width, in
 
 Prepared at(const PreparedPlace& p, char* memory) {
   if (p.data < 0) return {};
-  return {memory + p.data, p.stride, reinterpret_cast<float*>(memory + p.scale), reinterpret_cast<int32_t*>(memory + p.sum)};
+  return {memory + p.data, p.stride, reinterpret_cast<float*>(memory + p.scale),
+          reinterpret_cast<int32_t*>(memory + p.sum)};
 }
 
 void require(bool good, const char* what) {
@@ -165,16 +166,16 @@ ExpertSet::ExpertSet(Engine& engine, const std::vector<std::vector<Matrix>>& exp
     experts_.push_back(w);
     width_ = experts_[0].w1.cols;
     inner_ = experts_[0].w1.rows;
-    require(w.w1.rows == inner_ && w.w3.rows == inner_ && w.w2.cols == inner_ && w.w1.cols == width_ && w.w3.cols == width_ &&
-                w.w2.rows == width_,
+    require(w.w1.rows == inner_ && w.w3.rows == inner_ && w.w2.cols == inner_ && w.w1.cols == width_ &&
+                w.w3.cols == width_ && w.w2.rows == width_,
             "experts of one layer need the same shapes");
     used_[static_cast<int>(w.input1)] = used_[static_cast<int>(w.input3)] = true;
     inner_used_[static_cast<int>(w.input2)] = true;
   }
 }
 
-void ExpertSet::run(const float* x, int64_t x_stride, int64_t tokens, const int32_t* ids, const float* weights, int chosen,
-                    float* out) {
+void ExpertSet::run(const float* x, int64_t x_stride, int64_t tokens, const int32_t* ids, const float* weights,
+                    int chosen, float* out) {
   for (int64_t i = 0; i < tokens * chosen; i++)
     require(ids[i] >= 0 && ids[i] < static_cast<int64_t>(experts_.size()), "an expert's number is outside the layer");
   std::lock_guard<std::mutex> lock(engine_.pool().mutex());

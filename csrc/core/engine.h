@@ -45,7 +45,8 @@ class ExpertSet {
   // Each expert is w1, w2, w3.
   ExpertSet(Engine& engine, const std::vector<std::vector<Matrix>>& experts, bool rounded);
   // x, out [tokens, width] fp32; ids, weights [tokens, chosen]
-  void run(const float* x, int64_t x_stride, int64_t tokens, const int32_t* ids, const float* weights, int chosen, float* out);
+  void run(const float* x, int64_t x_stride, int64_t tokens, const int32_t* ids, const float* weights, int chosen,
+           float* out);
 
  private:
   void run_block(Moe args, const int32_t* ids);

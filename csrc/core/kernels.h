@@ -7,11 +7,11 @@
 
 namespace eightfold {
 
-constexpr int64_t kSegment = 1024;    // attention: positions summed in one go; merged at multiples of this only
-constexpr int64_t kKvBlock = 64;      // attention: positions of one softmax step
-constexpr int64_t kQueryRows = 256;   // attention: query rows (tokens × heads of a group) that share a packed block
+constexpr int64_t kSegment = 1024;   // attention: positions summed in one go; merged at multiples of this only
+constexpr int64_t kKvBlock = 64;     // attention: positions of one softmax step
+constexpr int64_t kQueryRows = 256;  // attention: query rows (tokens × heads of a group) that share a packed block
 
-struct RmsNorm {  // x, residual [tokens, width] → out = norm(x + residual) · weight, total = x + residual
+struct RmsNorm {              // x, residual [tokens, width] → out = norm(x + residual) · weight, total = x + residual
   const float *x, *residual;  // residual may be null; then total is not written
   const void* weight;
   Dtype weight_dtype;
@@ -102,7 +102,7 @@ struct Moe {
   int64_t x_stride, tokens, width, inner;
   const float* weights;  // [tokens, chosen]
   int chosen;
-  float* out;  // [tokens, width]
+  float* out;                 // [tokens, width]
   const int32_t* slot_token;  // [slots] the token of each slot in sorted order
   const int32_t* slot_of;     // [tokens · chosen] where a pair went
   const MoeSegment* segments;
@@ -124,8 +124,8 @@ struct ProbeJob {
 
 struct Kernels {
   const char* name;
-  bool bf16_dot;           // has a kernel for Input::bf16
-  int64_t i8_bytes;        // bytes of a quantized activation: 1, or 2 where products need int16
+  bool bf16_dot;     // has a kernel for Input::bf16
+  int64_t i8_bytes;  // bytes of a quantized activation: 1, or 2 where products need int16
   void (*rms_norm)(const RmsNorm&, Worker&);
   void (*rope_write)(const RopeWrite&, Worker&);
   void (*attention)(const Attention&, Worker&);

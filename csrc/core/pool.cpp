@@ -118,7 +118,8 @@ void Pool::stop() {
   Crew* crew = crew_;
   crew_ = nullptr;
   if (!crew) return;
-  if (crew->fork_count != forks.load()) return;  // its threads are not in this process: nothing to join, nothing to free
+  if (crew->fork_count != forks.load())
+    return;  // its threads are not in this process: nothing to join, nothing to free
   {
     std::lock_guard<std::mutex> lock(crew->sleep_mutex);
     crew->quit = true;

@@ -31,7 +31,7 @@ class Worker {
  private:
   Pool* pool_;
   int id_, count_;
-  int64_t base_ = 0;   // number of the phase's first item
+  int64_t base_ = 0;    // number of the phase's first item
   int64_t drawn_ = -1;  // an item drawn and not yet used
 };
 

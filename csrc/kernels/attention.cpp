@@ -1,9 +1,9 @@
 // Paged causal attention of a ragged batch. An item of work is a chunk of one row's tokens with the query heads of one
 // key-value head: their rows share every block of keys and values that is packed.
 //
-// A token's result is the merge, in order, of segments of kSegment positions that start at multiples of kSegment; within
-// a segment, blocks of kKvBlock positions follow each other with a running softmax. Blocks that a token cannot see leave
-// its sums exactly as they are, so it does not matter whether they are visited.
+// A token's result is the merge, in order, of segments of kSegment positions that start at multiples of kSegment;
+// within a segment, blocks of kKvBlock positions follow each other with a running softmax. Blocks that a token cannot
+// see leave its sums exactly as they are, so it does not matter whether they are visited.
 #include <cmath>
 
 #include "kernels/attention.h"
@@ -12,9 +12,9 @@ namespace eightfold::EIGHTFOLD_ISA {
 namespace {
 
 struct Item {
-  int64_t row, head;                // head: of keys and values
-  int64_t token, tokens;            // first token of the batch, and how many
-  int64_t position;                 // of the first token
+  int64_t row, head;      // head: of keys and values
+  int64_t token, tokens;  // first token of the batch, and how many
+  int64_t position;       // of the first token
   int64_t segment_begin, segment_end;
   bool partial;
 };
@@ -33,10 +33,17 @@ Work<P> lay_out(const Attention& a, Worker& worker) {
   w.dim = a.dim;
   w.steps = round_up((a.dim + P::kPer - 1) / P::kPer, VL);
   w.padded = round_up(a.dim, VL);
-  const int64_t sizes[] = {w.steps * kKvBlock,      kKvBlock / P::kPer * w.padded, tiles * w.steps * kTileQueries,
-                           kTileQueries * kKvBlock, kTileQueries * kKvBlock,       rows * w.padded,
-                           rows * w.padded,         rows,                          rows,
-                           rows,                    rows};
+  const int64_t sizes[] = {w.steps * kKvBlock,
+                           kKvBlock / P::kPer * w.padded,
+                           tiles * w.steps * kTileQueries,
+                           kTileQueries * kKvBlock,
+                           kTileQueries * kKvBlock,
+                           rows * w.padded,
+                           rows * w.padded,
+                           rows,
+                           rows,
+                           rows,
+                           rows};
   int64_t bytes = 0;
   for (const int64_t size : sizes) bytes += round_up(size * 4, 64);
   char* at = worker.scratch(static_cast<size_t>(bytes));
@@ -65,10 +72,17 @@ void find_rows(const Attention& a, const Item& item, int64_t block, int64_t end,
   const int32_t* table = a.page_table + item.row * a.table_stride;
   int64_t page = block * kKvBlock / a.page_size, slot = block * kKvBlock % a.page_size;
   const int64_t count = larger<int64_t>(0, smaller(kKvBlock, end - block * kKvBlock));
-  for (int64_t j = 0; j < count; j++) {
-    keys[j] = static_cast<const T*>(a.k) + table[page] * a.k_strides[0] + item.head * a.k_strides[1] + slot * a.k_strides[2];
-    values[j] = static_cast<const T*>(a.v) + table[page] * a.v_strides[0] + item.head * a.v_strides[1] + slot * a.v_strides[2];
-    if (++slot == a.page_size) slot = 0, page++;
+  const T* k = static_cast<const T*>(a.k) + item.head * a.k_strides[1];
+  const T* v = static_cast<const T*>(a.v) + item.head * a.v_strides[1];
+  for (int64_t j = 0; j < count; page++, slot = 0) {
+    const T* key = k + table[page] * a.k_strides[0] + slot * a.k_strides[2];
+    const T* value = v + table[page] * a.v_strides[0] + slot * a.v_strides[2];
+    for (const int64_t end_of_page = smaller(count, j + a.page_size - slot); j < end_of_page; j++) {
+      keys[j] = key;
+      values[j] = value;
+      key += a.k_strides[2];
+      value += a.v_strides[2];
+    }
   }
   for (int64_t j = count; j < kKvBlock; j++) keys[j] = values[j] = nullptr;
 }
@@ -79,7 +93,9 @@ struct Hide {
   const Attention& a;
   Work<P>& w;
   int64_t group, first_row, position, block;  // position: of row 0 of the item
+  bool nothing;
   void operator()(int rows) const {
+    if (nothing) return;
     for (int m = 0; m < rows; m++) {
       const int64_t own = position + (first_row + m) / group - block * kKvBlock;  // within the block
       const int64_t low = a.window ? larger<int64_t>(0, own - a.window + 1) : 0;
@@ -112,7 +128,8 @@ void visit_block(const Attention& a, const Item& item, int64_t block, float scal
     const int64_t own_first = item.position + first / group, own_last = item.position + (first + count - 1) / group;
     if (begin > own_last) continue;
     if (a.window && begin + kKvBlock <= own_first - a.window + 1) continue;
-    const Hide<P> hide{a, w, group, first, item.position, block};
+    const bool all = begin + kKvBlock - 1 <= own_first && (!a.window || begin > own_last - a.window);
+    const Hide<P> hide{a, w, group, first, item.position, block, all};
     block_tile_of<P>(static_cast<int>(count), w, first, scale, hide);
   }
 }
@@ -124,7 +141,8 @@ float power(float x) {
 }
 
 // total += part, both sums of probabilities relative to their own maximum.
-void merge(float* total, float& total_most, float& total_weight, const float* part, float most, float weight, int64_t width) {
+void merge(float* total, float& total_most, float& total_weight, const float* part, float most, float weight,
+           int64_t width) {
   const float now = larger(total_most, most), keep = power(total_most - now), take = power(most - now);
   for (int64_t d = 0; d < width; d += VL)
     store(total + d, add(mul(load(total + d), set1(keep)), mul(load(part + d), set1(take))));
@@ -155,13 +173,15 @@ void run_item(const Attention& a, const Item& item, Work<P>& w) {
   constexpr int64_t blocks = kSegment / kKvBlock;
   pack_queries(a, item, w);
   clear(w, w.total, w.total_most, w.total_weight, rows);
-  for (int64_t segment = larger(item.segment_begin, from / kSegment); segment < smaller(item.segment_end, last / kSegment + 1);
-       segment++) {
+  for (int64_t segment = larger(item.segment_begin, from / kSegment);
+       segment < smaller(item.segment_end, last / kSegment + 1); segment++) {
     clear(w, w.out, w.most, w.weight, rows);
-    for (int64_t b = larger(segment * blocks, from / kKvBlock); b < smaller((segment + 1) * blocks, last / kKvBlock + 1); b++)
+    for (int64_t b = larger(segment * blocks, from / kKvBlock);
+         b < smaller((segment + 1) * blocks, last / kKvBlock + 1); b++)
       visit_block(a, item, b, scale, w);
     for (int64_t i = 0; i < rows; i++)
-      merge(w.total + i * w.padded, w.total_most[i], w.total_weight[i], w.out + i * w.padded, w.most[i], w.weight[i], w.padded);
+      merge(w.total + i * w.padded, w.total_most[i], w.total_weight[i], w.out + i * w.padded, w.most[i], w.weight[i],
+            w.padded);
   }
   for (int64_t i = 0; i < rows; i++) {
     const int64_t at = (item.token + i / group) * a.heads + item.head * group + i % group;
@@ -236,10 +256,14 @@ void attention(const Attention& a, Worker& worker) {
   if (a.kv_dtype == Dtype::bf16 && a.bf16_products) return all_items<PairProducts>(a, worker);
 #endif
   switch (a.kv_dtype) {
-    case Dtype::f32: return all_items<FloatProducts<float>>(a, worker);
-    case Dtype::bf16: return all_items<FloatProducts<bf16>>(a, worker);
-    case Dtype::f16: return all_items<FloatProducts<f16>>(a, worker);
-    case Dtype::i8: return;
+    case Dtype::f32:
+      return all_items<FloatProducts<float>>(a, worker);
+    case Dtype::bf16:
+      return all_items<FloatProducts<bf16>>(a, worker);
+    case Dtype::f16:
+      return all_items<FloatProducts<f16>>(a, worker);
+    case Dtype::i8:
+      return;
   }
 }
 

@@ -42,14 +42,22 @@ struct PairProducts {
     const __m512i even = _mm512_castps_si512(load_n(p, n)), odd = _mm512_castps_si512(load_n(q, n));
     return _mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(even, 16), odd));
   }
+  // 2 · VL elements of two rows → VL pairs and the VL after them.
+  static EF_INLINE void interleave(const bf16* p, const bf16* q, float* to) {
+    const __m512i even = _mm512_loadu_si512(p), odd = _mm512_loadu_si512(q);
+    const __m512i low = _mm512_unpacklo_epi16(even, odd), high = _mm512_unpackhi_epi16(even, odd);  // by 128-bit lanes
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+                  second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi64(low, first, high));
+    _mm512_storeu_si512(to + VL, _mm512_permutex2var_epi64(low, second, high));
+  }
   static EF_INLINE void put(Lane* to, const float* x, int64_t n) {
     const uint32_t low = n > 0 ? bf16_bits(x[0]) : 0, high = n > 1 ? bf16_bits(x[1]) : 0;
     *to = low | high << 16;
   }
   static EF_INLINE void put_probabilities(Lane* to, vf first, vf second) {
-    bf16* at = reinterpret_cast<bf16*>(to);
-    store(at, first);
-    store(at + VL, second);
+    const auto both = _mm512_cvtne2ps_pbh(second, first);
+    std::memcpy(to, &both, sizeof both);
   }
   static EF_INLINE void dot(vf& acc, const Lane* one, vf many) {
     dot_pairs(acc, set1_pair(one), Pairs{_mm512_castps_si512(many)});
@@ -71,7 +79,7 @@ struct Work {
   float* total;                // [rows, padded] of all segments before
   float *most, *weight;        // [rows] running maximum and sum of the segment
   float *total_most, *total_weight;
-  const typename P::Stored *key_rows[kKvBlock], *value_rows[kKvBlock];  // null beyond the end
+  const typename P::Stored *key_rows[kKvBlock], *value_rows[kKvBlock];    // null beyond the end
   const typename P::Stored *next_keys[kKvBlock], *next_values[kKvBlock];  // the same of the block after
 };
 
@@ -79,7 +87,7 @@ struct Work {
 template <class T>
 EF_INLINE void fetch(const T* row, int64_t dim) {
   const char* at = reinterpret_cast<const char*>(row);
-  for (int64_t i = 0; i < dim * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(at + i, 0, 2);
+  for (int64_t i = 0; i < dim * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(at + i, 0, 3);
 }
 
 template <class P>
@@ -89,12 +97,14 @@ void pack_keys(const Work<P>& w) {
   for (int64_t j = 0; j < kKvBlock; j += VL) {
     for (int64_t s = 0; s < steps; s += VL) {
       vf r[VL];
-      EF_UNROLL for (int i = 0; i < VL; i++) {
+      EF_UNROLL
+      for (int i = 0; i < VL; i++) {
         const auto* from = w.key_rows[j + i];
         r[i] = from ? P::load_key(from + s * P::kPer, dim - s * P::kPer) : zero();
       }
       transpose(r);
-      EF_UNROLL for (int i = 0; i < VL; i++) store(to + (s + i) * kKvBlock + j, r[i]);
+      EF_UNROLL
+      for (int i = 0; i < VL; i++) store(to + (s + i) * kKvBlock + j, r[i]);
     }
     for (int i = 0; i < VL; i++) fetch(w.next_keys[j + i], dim);
   }
@@ -108,8 +118,11 @@ void pack_values(const Work<P>& w) {
   for (int64_t j = 0; j < kKvBlock; j += P::kPer, to += padded) {
     const auto *even = w.value_rows[j], *odd = w.value_rows[j + P::kPer - 1];
     int64_t d = 0;
-    if (even && odd)
+    if (even && odd) {
+      if constexpr (P::kPer == 2)
+        for (; d + 2 * VL <= dim; d += 2 * VL) P::interleave(even + d, odd + d, to + d);
       for (; d + VL <= dim; d += VL) store(to + d, P::load_values(even + d, odd + d, VL));
+    }
     for (; d < padded; d += VL) store(to + d, P::load_values(even ? even + d : zeros, odd ? odd + d : zeros, dim - d));
     for (int i = 0; i < P::kPer; i++) fetch(w.next_values[j + i], dim);
   }
@@ -120,29 +133,38 @@ void score_tile(const Work<P>& w, const typename P::Lane* queries) {
   const float* keys = reinterpret_cast<const float*>(w.keys);
   for (int64_t j = 0; j < kKvBlock; j += kScoreVectors * VL) {
     vf acc[M][kScoreVectors];
-    EF_UNROLL for (int m = 0; m < M; m++) EF_UNROLL for (int v = 0; v < kScoreVectors; v++) acc[m][v] = zero();
+    EF_UNROLL
+    for (int m = 0; m < M; m++) {
+      EF_UNROLL
+      for (int v = 0; v < kScoreVectors; v++) acc[m][v] = zero();
+    }
     for (int64_t s = 0; s < w.steps; s++) {
       vf many[kScoreVectors];
-      EF_UNROLL for (int v = 0; v < kScoreVectors; v++) many[v] = load(keys + s * kKvBlock + j + v * VL);
-      EF_UNROLL for (int m = 0; m < M; m++)
-        EF_UNROLL for (int v = 0; v < kScoreVectors; v++) P::dot(acc[m][v], queries + s * kTileQueries + m, many[v]);
+      EF_UNROLL
+      for (int v = 0; v < kScoreVectors; v++) many[v] = load(keys + s * kKvBlock + j + v * VL);
+      EF_UNROLL
+      for (int m = 0; m < M; m++) {
+        EF_UNROLL
+        for (int v = 0; v < kScoreVectors; v++) P::dot(acc[m][v], queries + s * kTileQueries + m, many[v]);
+      }
     }
-    EF_UNROLL for (int m = 0; m < M; m++)
-      EF_UNROLL for (int v = 0; v < kScoreVectors; v++) store(w.scores + m * kKvBlock + j + v * VL, acc[m][v]);
+    EF_UNROLL
+    for (int m = 0; m < M; m++) {
+      EF_UNROLL
+      for (int v = 0; v < kScoreVectors; v++) store(w.scores + m * kKvBlock + j + v * VL, acc[m][v]);
+    }
   }
 }
 
-// One step of the running softmax of a row: scores → probabilities; returns what its sums so far are to be multiplied by.
+// The probabilities of a row, relative to its maximum `now`; returns their sum.
 template <class P>
-EF_INLINE float softmax_row(float* scores, typename P::Lane* probabilities, float scale, float& most, float& weight) {
-  constexpr int count = kKvBlock / VL;
-  vf top = load(scores);
-  EF_UNROLL for (int i = 1; i < count; i++) top = largest(top, load(scores + i * VL));
-  const float now = larger(most, largest_of(top) * scale);
+EF_INLINE float exponentials(const float* scores, typename P::Lane* probabilities, float scale, float now) {
   const vf by = set1(scale), minus = set1(-now);
   vf total = zero();
-  for (int i = 0; i < count; i += 2) {
-    const vf a = exp2_of(fma(load(scores + i * VL), by, minus)), b = exp2_of(fma(load(scores + (i + 1) * VL), by, minus));
+  EF_UNROLL
+  for (int i = 0; i < kKvBlock / VL; i += 2) {
+    const vf a = exp2_of(fma(load(scores + i * VL), by, minus)),
+             b = exp2_of(fma(load(scores + (i + 1) * VL), by, minus));
     total = add(add(total, a), b);
     if constexpr (P::kPer == 2) {
       P::put_probabilities(probabilities + i * VL / 2, a, b);
@@ -151,16 +173,31 @@ EF_INLINE float softmax_row(float* scores, typename P::Lane* probabilities, floa
       P::put_probabilities(probabilities + (i + 1) * VL, b, b);
     }
   }
-  float alpha = 1.f;
-  if (now != most) {
-    vf difference = exp2_of(set1(most - now));
-    float lanes[VL];
-    store(lanes, difference);
-    alpha = lanes[0];
+  return sum(total);
+}
+
+// One step of the running softmax of M rows: scores → probabilities, and in `alpha` what the sums so far are to be
+// multiplied by. All maxima come first, or each row would wait for its own.
+template <class P, int M>
+EF_INLINE void softmax_rows(const Work<P>& w, float scale, float* most, float* weight, float* alpha) {
+  static_assert(M <= VL, "the rows' factors are one vector");
+  float now[M], change[VL] = {};
+  EF_UNROLL
+  for (int m = 0; m < M; m++) {
+    vf top = load(w.scores + m * kKvBlock);
+    EF_UNROLL
+    for (int i = 1; i < kKvBlock / VL; i++) top = largest(top, load(w.scores + m * kKvBlock + i * VL));
+    now[m] = larger(most[m], largest_of(top) * scale);
+    change[m] = most[m] - now[m];
   }
-  most = now;
-  weight = weight * alpha + sum(total);
-  return alpha;
+  store(alpha, exp2_of(load(change)));
+  EF_UNROLL
+  for (int m = 0; m < M; m++) {
+    const float total =
+        exponentials<P>(w.scores + m * kKvBlock, w.probabilities + m * (kKvBlock / P::kPer), scale, now[m]);
+    weight[m] = weight[m] * alpha[m] + total;
+    most[m] = now[m];
+  }
 }
 
 // out [M, V vectors] = out · alpha + probabilities · values
@@ -168,27 +205,35 @@ template <class P, int M, int V>
 EF_INLINE void value_tile(const Work<P>& w, float* out, const float* alpha, int64_t d) {
   const float* values = reinterpret_cast<const float*>(w.values) + d;
   vf acc[M][V];
-  EF_UNROLL for (int m = 0; m < M; m++)
-    EF_UNROLL for (int v = 0; v < V; v++) acc[m][v] = mul(load(out + m * w.padded + d + v * VL), set1(alpha[m]));
+  EF_UNROLL
+  for (int m = 0; m < M; m++) {
+    EF_UNROLL
+    for (int v = 0; v < V; v++) acc[m][v] = mul(load(out + m * w.padded + d + v * VL), set1(alpha[m]));
+  }
   for (int64_t j = 0; j < kKvBlock / P::kPer; j++) {
     vf many[V];
-    EF_UNROLL for (int v = 0; v < V; v++) many[v] = load(values + j * w.padded + v * VL);
-    EF_UNROLL for (int m = 0; m < M; m++)
-      EF_UNROLL for (int v = 0; v < V; v++) P::dot(acc[m][v], w.probabilities + m * (kKvBlock / P::kPer) + j, many[v]);
+    EF_UNROLL
+    for (int v = 0; v < V; v++) many[v] = load(values + j * w.padded + v * VL);
+    EF_UNROLL
+    for (int m = 0; m < M; m++) {
+      EF_UNROLL
+      for (int v = 0; v < V; v++) P::dot(acc[m][v], w.probabilities + m * (kKvBlock / P::kPer) + j, many[v]);
+    }
   }
-  EF_UNROLL for (int m = 0; m < M; m++)
-    EF_UNROLL for (int v = 0; v < V; v++) store(out + m * w.padded + d + v * VL, acc[m][v]);
+  EF_UNROLL
+  for (int m = 0; m < M; m++) {
+    EF_UNROLL
+    for (int v = 0; v < V; v++) store(out + m * w.padded + d + v * VL, acc[m][v]);
+  }
 }
 
 // Query rows [first, first + M) against the packed block. `hide` masks scores before the softmax.
 template <class P, int M, class Hide>
-void block_tile(Work<P>& w, int64_t first, float scale, Hide hide) {
+void block_tile(Work<P>& w, int64_t first, float scale, const Hide& hide) {
   score_tile<P, M>(w, w.queries + first * w.steps);
   hide(M);
-  float alpha[M];
-  for (int m = 0; m < M; m++)
-    alpha[m] = softmax_row<P>(w.scores + m * kKvBlock, w.probabilities + m * (kKvBlock / P::kPer), scale, w.most[first + m],
-                              w.weight[first + m]);
+  float alpha[VL];
+  softmax_rows<P, M>(w, scale, w.most + first, w.weight + first, alpha);
   float* out = w.out + first * w.padded;
   int64_t d = 0;
   for (; d + kScoreVectors * VL <= w.padded; d += kScoreVectors * VL) value_tile<P, M, kScoreVectors>(w, out, alpha, d);

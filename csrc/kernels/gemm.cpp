@@ -42,7 +42,8 @@ void prepare_int8(const float* x, int64_t width, const Prepared& to, int64_t row
     total = add(total, q);
     store_quantized(out + k, q);
   }
-  for (; (k + VL) * static_cast<int64_t>(sizeof(quantized)) <= to.stride; k += VL) store_quantized(out + k, set1_int(0));
+  for (; (k + VL) * static_cast<int64_t>(sizeof(quantized)) <= to.stride; k += VL)
+    store_quantized(out + k, set1_int(0));
   to.scale[row] = !finite ? __builtin_nanf("") : empty ? 0.f : absmax / 127.f;
 #if EIGHTFOLD_LEVEL >= 3
   to.sum[row] = 128 * sum(total);  // the weights are multiplied with 128 added
@@ -51,8 +52,8 @@ void prepare_int8(const float* x, int64_t width, const Prepared& to, int64_t row
 #endif
 }
 
-void scale_sums(const int32_t* c, int64_t rows, int64_t count, const Prepared& x, int64_t x_first, const float* scale, float* out,
-                int64_t out_stride) {
+void scale_sums(const int32_t* c, int64_t rows, int64_t count, const Prepared& x, int64_t x_first, const float* scale,
+                float* out, int64_t out_stride) {
   for (int64_t m = 0; m < rows; m++) {
     const vi offset = set1_int(static_cast<int32_t>(0u - static_cast<uint32_t>(x.sum[x_first + m])));
     const vf by = set1(x.scale[x_first + m]);
@@ -72,8 +73,8 @@ void scale_sums(const int32_t* c, int64_t rows, int64_t count, const Prepared& x
 
 // Sums are collected in scratch, as rows of `out` may be so far apart that they fall on the same few cache lines.
 template <class D>
-void multiply_floats(const Matrix& w, const Prepared& x, int64_t x_first, int64_t rows, int64_t first, int64_t count, float* out,
-                     int64_t out_stride, void* scratch) {
+void multiply_floats(const Matrix& w, const Prepared& x, int64_t x_first, int64_t rows, int64_t first, int64_t count,
+                     float* out, int64_t out_stride, void* scratch) {
   using X = typename D::X;
   const int64_t x_stride = x.stride / static_cast<int64_t>(sizeof(X));
   float* c = out_stride == kMostColumns ? out : static_cast<float*>(scratch);
@@ -89,16 +90,21 @@ void multiply_floats(const Matrix& w, const Prepared& x, int64_t x_first, int64_
 void prepare_row(Input input, const float* x, int64_t width, const Prepared& to, int64_t row) {
   char* out = to.data + row * to.stride;
   switch (input) {
-    case Input::f32: return prepare_float<float>(x, width, out, to.stride, false);
-    case Input::f32_rounded: return prepare_float<float>(x, width, out, to.stride, true);
-    case Input::bf16: return prepare_float<bf16>(x, width, out, to.stride, false);
-    case Input::i8: return prepare_int8<false>(x, width, to, row);
-    case Input::i8_rounded: return prepare_int8<true>(x, width, to, row);
+    case Input::f32:
+      return prepare_float<float>(x, width, out, to.stride, false);
+    case Input::f32_rounded:
+      return prepare_float<float>(x, width, out, to.stride, true);
+    case Input::bf16:
+      return prepare_float<bf16>(x, width, out, to.stride, false);
+    case Input::i8:
+      return prepare_int8<false>(x, width, to, row);
+    case Input::i8_rounded:
+      return prepare_int8<true>(x, width, to, row);
   }
 }
 
-void multiply(const Matrix& w, [[maybe_unused]] Input input, const Prepared& x, int64_t x_first, int64_t rows, int64_t first, int64_t count,
-              float* out, int64_t out_stride, void* scratch) {
+void multiply(const Matrix& w, [[maybe_unused]] Input input, const Prepared& x, int64_t x_first, int64_t rows,
+              int64_t first, int64_t count, float* out, int64_t out_stride, void* scratch) {
   if (w.dtype == Dtype::i8) {
     int32_t* c = static_cast<int32_t*>(scratch);
     const int64_t x_stride = x.stride / static_cast<int64_t>(sizeof(quantized));
@@ -107,13 +113,18 @@ void multiply(const Matrix& w, [[maybe_unused]] Input input, const Prepared& x, 
     return scale_sums(c, rows, count, x, x_first, w.scale + first, out, out_stride);
   }
 #if EIGHTFOLD_LEVEL >= 3
-  if (input == Input::bf16) return multiply_floats<DotBf16>(w, x, x_first, rows, first, count, out, out_stride, scratch);
+  if (input == Input::bf16)
+    return multiply_floats<DotBf16>(w, x, x_first, rows, first, count, out, out_stride, scratch);
 #endif
   switch (w.dtype) {
-    case Dtype::f32: return multiply_floats<DotFloat<float>>(w, x, x_first, rows, first, count, out, out_stride, scratch);
-    case Dtype::bf16: return multiply_floats<DotFloat<bf16>>(w, x, x_first, rows, first, count, out, out_stride, scratch);
-    case Dtype::f16: return multiply_floats<DotFloat<f16>>(w, x, x_first, rows, first, count, out, out_stride, scratch);
-    case Dtype::i8: return;
+    case Dtype::f32:
+      return multiply_floats<DotFloat<float>>(w, x, x_first, rows, first, count, out, out_stride, scratch);
+    case Dtype::bf16:
+      return multiply_floats<DotFloat<bf16>>(w, x, x_first, rows, first, count, out, out_stride, scratch);
+    case Dtype::f16:
+      return multiply_floats<DotFloat<f16>>(w, x, x_first, rows, first, count, out, out_stride, scratch);
+    case Dtype::i8:
+      return;
   }
 }
 

@@ -12,8 +12,8 @@ namespace eightfold::EIGHTFOLD_ISA {
 
 constexpr int kStreamRows = 4;           // at most so many tokens, of so many bytes, go past the weights row by row:
 constexpr int64_t kStreamBytes = 16384;  // more of them do not stay in the first-level cache while weights stream by
-constexpr int64_t kMostRows = 144;  // tokens that go through a block of weights together
-constexpr int64_t kMostColumns = 96;  // weights of an item of work: whole tiles, whole vectors
+constexpr int64_t kMostRows = 144;       // tokens that go through a block of weights together
+constexpr int64_t kMostColumns = 96;     // weights of an item of work: whole tiles, whole vectors
 
 // fp32 activations; weights widened in registers.
 template <class T>
@@ -68,8 +68,8 @@ struct DotBf16 {
 };
 #endif
 
-// Weights to bring near while a tile is computed: rows of `row_bytes`, one after the other, `count` lines a step. In the
-// order of the file, so that the processor's own prefetcher takes part.
+// Weights to bring near while a tile is computed: rows of `row_bytes`, one after the other, `count` lines a step. In
+// the order of the file, so that the processor's own prefetcher takes part.
 struct Ahead {
   const char* at = nullptr;
   int64_t stride = 0, row_bytes = 0;
@@ -86,8 +86,10 @@ template <int M, int N, class V, class T>
 EF_INLINE void store_tile(V (&acc)[M][N], bool add_to, T* c, int64_t ldc) {
 #if EIGHTFOLD_LEVEL >= 2
   if constexpr (N == 6) {
-    EF_UNROLL for (int m = 0; m < M; m++) store_sums(c + m * ldc, sums_of(acc[m]), add_to);
-    EF_UNROLL for (int m = 0; m < M; m += 2) {
+    EF_UNROLL
+    for (int m = 0; m < M; m++) store_sums(c + m * ldc, sums_of(acc[m]), add_to);
+    EF_UNROLL
+    for (int m = 0; m < M; m += 2) {
       constexpr int last = M - 1;
       const int next = m < last ? m + 1 : m;
       const V pair[4] = {acc[m][4], acc[m][5], acc[next][4], acc[next][5]};
@@ -98,8 +100,10 @@ EF_INLINE void store_tile(V (&acc)[M][N], bool add_to, T* c, int64_t ldc) {
     return;
   }
 #endif
-  EF_UNROLL for (int m = 0; m < M; m++) {
-    EF_UNROLL for (int n = 0; n < N; n++) {
+  EF_UNROLL
+  for (int m = 0; m < M; m++) {
+    EF_UNROLL
+    for (int n = 0; n < N; n++) {
       const T s = sum(acc[m][n]);
       T& to = c[m * ldc + n];
       to = add_to ? plus(to, s) : s;
@@ -113,7 +117,11 @@ template <class D, int M, int N>
 EF_INLINE void tile(const typename D::X* x, int64_t x_stride, const typename D::W* w, int64_t w_stride, int64_t length,
                     bool add_to, typename D::Sum* c, int64_t ldc, Ahead ahead) {
   typename D::Vector acc[M][N];
-  EF_UNROLL for (int m = 0; m < M; m++) EF_UNROLL for (int n = 0; n < N; n++) acc[m][n] = D::start();
+  EF_UNROLL
+  for (int m = 0; m < M; m++) {
+    EF_UNROLL
+    for (int n = 0; n < N; n++) acc[m][n] = D::start();
+  }
   const int64_t whole = length / D::kStep * D::kStep;
   int64_t k = 0, line = 0;
   for (; k < whole; k += D::kStep) {
@@ -125,18 +133,24 @@ EF_INLINE void tile(const typename D::X* x, int64_t x_stride, const typename D::
       }
     }
     typename D::WV wv[N];
-    EF_UNROLL for (int n = 0; n < N; n++) wv[n] = D::load_w(w + n * w_stride + k);
-    EF_UNROLL for (int m = 0; m < M; m++) {
+    EF_UNROLL
+    for (int n = 0; n < N; n++) wv[n] = D::load_w(w + n * w_stride + k);
+    EF_UNROLL
+    for (int m = 0; m < M; m++) {
       const typename D::XV xv = D::load_x(x + m * x_stride + k);
-      EF_UNROLL for (int n = 0; n < N; n++) D::dot(acc[m][n], xv, wv[n]);
+      EF_UNROLL
+      for (int n = 0; n < N; n++) D::dot(acc[m][n], xv, wv[n]);
     }
   }
   if (k < length) {
     typename D::WV wv[N];
-    EF_UNROLL for (int n = 0; n < N; n++) wv[n] = D::load_w_n(w + n * w_stride + k, length - k);
-    EF_UNROLL for (int m = 0; m < M; m++) {
+    EF_UNROLL
+    for (int n = 0; n < N; n++) wv[n] = D::load_w_n(w + n * w_stride + k, length - k);
+    EF_UNROLL
+    for (int m = 0; m < M; m++) {
       const typename D::XV xv = D::load_x(x + m * x_stride + k);
-      EF_UNROLL for (int n = 0; n < N; n++) D::dot(acc[m][n], xv, wv[n]);
+      EF_UNROLL
+      for (int n = 0; n < N; n++) D::dot(acc[m][n], xv, wv[n]);
     }
   }
   store_tile<M, N>(acc, add_to, c, ldc);
@@ -154,16 +168,17 @@ EF_INLINE void tile_of(int rows, const typename D::X* x, int64_t x_stride, const
 
 // One weight row after another, each read once at the rate of the memory, for a few tokens at a time.
 template <class D, int M>
-void stream(const typename D::X* x, int64_t x_stride, const typename D::W* w, int64_t w_stride, int64_t columns, int64_t length,
-            typename D::Sum* c, int64_t ldc) {
+void stream(const typename D::X* x, int64_t x_stride, const typename D::W* w, int64_t w_stride, int64_t columns,
+            int64_t length, typename D::Sum* c, int64_t ldc) {
   for (int64_t n = 0; n < columns; n++)
     for (int64_t k = 0; k < length; k += D::kBlock)
-      tile<D, M, 1>(x + k, x_stride, w + n * w_stride + k, w_stride, smaller(D::kBlock, length - k), k > 0, c + n, ldc, {});
+      tile<D, M, 1>(x + k, x_stride, w + n * w_stride + k, w_stride, smaller(D::kBlock, length - k), k > 0, c + n, ldc,
+                    {});
 }
 
 template <class D, int M>
-EF_INLINE void stream_of(int64_t rows, const typename D::X* x, int64_t x_stride, const typename D::W* w, int64_t w_stride,
-                         int64_t columns, int64_t length, typename D::Sum* c, int64_t ldc) {
+EF_INLINE void stream_of(int64_t rows, const typename D::X* x, int64_t x_stride, const typename D::W* w,
+                         int64_t w_stride, int64_t columns, int64_t length, typename D::Sum* c, int64_t ldc) {
   if (rows == M) {
     stream<D, M>(x, x_stride, w, w_stride, columns, length, c, ldc);
   } else if constexpr (M > 1) {
@@ -171,11 +186,11 @@ EF_INLINE void stream_of(int64_t rows, const typename D::X* x, int64_t x_stride,
   }
 }
 
-// A panel of N weight rows (kTileColumns, or 1 at the end of a matrix) against all tokens; the next panel is brought near
-// meanwhile, spread over the tiles.
+// A panel of N weight rows (kTileColumns, or 1 at the end of a matrix) against all tokens; the next panel is brought
+// near meanwhile, spread over the tiles.
 template <class D, int N>
-void panel(const typename D::X* x, int64_t x_stride, int64_t rows, const typename D::W* w, int64_t w_stride, int64_t length,
-           bool add_to, typename D::Sum* c, int64_t ldc, const typename D::W* next) {
+void panel(const typename D::X* x, int64_t x_stride, int64_t rows, const typename D::W* w, int64_t w_stride,
+           int64_t length, bool add_to, typename D::Sum* c, int64_t ldc, const typename D::W* next) {
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows, each = rows / tiles, longer = rows % tiles;
   const int64_t stride_bytes = w_stride * static_cast<int64_t>(sizeof *w);
   int64_t m = 0, fetched = 0;
@@ -192,8 +207,8 @@ void panel(const typename D::X* x, int64_t x_stride, int64_t rows, const typenam
 
 // x [rows, K] · rows [0, columns) of w → c [rows, columns] at stride ldc; rows ≤ kMostRows.
 template <class D>
-void product(const typename D::X* x, int64_t x_stride, int64_t rows, const typename D::W* w, int64_t w_stride, int64_t columns,
-             int64_t length, typename D::Sum* c, int64_t ldc) {
+void product(const typename D::X* x, int64_t x_stride, int64_t rows, const typename D::W* w, int64_t w_stride,
+             int64_t columns, int64_t length, typename D::Sum* c, int64_t ldc) {
   if (rows == 1 || (rows <= kStreamRows && rows * length * static_cast<int64_t>(sizeof *x) <= kStreamBytes)) {
     stream_of<D, kStreamRows>(rows, x, x_stride, w, w_stride, columns, length, c, ldc);
     return;
@@ -204,7 +219,9 @@ void product(const typename D::X* x, int64_t x_stride, int64_t rows, const typen
     for (; n + kTileColumns <= columns; n += kTileColumns) {
       const typename D::W* here = w + n * w_stride + k;
       const bool last = n + 2 * kTileColumns > columns;
-      const typename D::W* next = !last ? here + kTileColumns * w_stride : k + part < length ? w + k + part : w + columns * w_stride;
+      const typename D::W* next = !last               ? here + kTileColumns * w_stride
+                                  : k + part < length ? w + k + part
+                                                      : w + columns * w_stride;
       panel<D, kTileColumns>(x + k, x_stride, rows, here, w_stride, part, k > 0, c + n, ldc, next);
     }
     for (; n < columns; n++)
@@ -214,8 +231,8 @@ void product(const typename D::X* x, int64_t x_stride, int64_t rows, const typen
 
 // Writes rows [first, first + count) of `w` times `rows` prepared tokens as floats: out [rows, count] at stride
 // `out_stride`. Needs `kMostRows · kMostColumns` sums of scratch.
-void multiply(const Matrix& w, Input input, const Prepared& x, int64_t x_first, int64_t rows, int64_t first, int64_t count,
-              float* out, int64_t out_stride, void* scratch);
+void multiply(const Matrix& w, Input input, const Prepared& x, int64_t x_first, int64_t rows, int64_t first,
+              int64_t count, float* out, int64_t out_stride, void* scratch);
 
 // One row of activations → as the product reads it.
 void prepare_row(Input input, const float* x, int64_t width, const Prepared& to, int64_t row);

@@ -42,7 +42,8 @@ void swiglu_chunk(const Moe& a, const MoeSegment& segment, int64_t chunk, int64_
   const Blocks blocks(segment.count);
   for (int64_t b = 0; b < blocks.count; b++) {
     const int64_t from = segment.first + blocks.start(b), rows = segment.first + blocks.start(b + 1) - from;
-    multiply(e.w1, e.input1, a.prepared[static_cast<int>(e.input1)], from, rows, first, count, gate, kMostColumns, sums);
+    multiply(e.w1, e.input1, a.prepared[static_cast<int>(e.input1)], from, rows, first, count, gate, kMostColumns,
+             sums);
     multiply(e.w3, e.input3, a.prepared[static_cast<int>(e.input3)], from, rows, first, count, up, kMostColumns, sums);
     for (int64_t m = 0; m < rows; m++) {
       float* to = a.h + (from - group_first + m) * a.inner + first;

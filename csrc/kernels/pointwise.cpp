@@ -50,10 +50,14 @@ void write_row(const float* x, int64_t dim, void* pages, int64_t at) {
 
 void write_row(Dtype dtype, const float* x, int64_t dim, void* pages, int64_t at) {
   switch (dtype) {
-    case Dtype::f32: return write_row<float>(x, dim, pages, at);
-    case Dtype::bf16: return write_row<bf16>(x, dim, pages, at);
-    case Dtype::f16: return write_row<f16>(x, dim, pages, at);
-    case Dtype::i8: return;
+    case Dtype::f32:
+      return write_row<float>(x, dim, pages, at);
+    case Dtype::bf16:
+      return write_row<bf16>(x, dim, pages, at);
+    case Dtype::f16:
+      return write_row<f16>(x, dim, pages, at);
+    case Dtype::i8:
+      return;
   }
 }
 
@@ -116,10 +120,17 @@ void rms_norm(const RmsNorm& a, Worker& worker) {
   while (worker.next(items, &item)) {
     for (int64_t t = item * kTokensOfItem; t < smaller(a.tokens, (item + 1) * kTokensOfItem); t++) {
       switch (a.weight_dtype) {
-        case Dtype::f32: norm_token<float>(a, t); break;
-        case Dtype::bf16: norm_token<bf16>(a, t); break;
-        case Dtype::f16: norm_token<f16>(a, t); break;
-        case Dtype::i8: break;
+        case Dtype::f32:
+          norm_token<float>(a, t);
+          break;
+        case Dtype::bf16:
+          norm_token<bf16>(a, t);
+          break;
+        case Dtype::f16:
+          norm_token<f16>(a, t);
+          break;
+        case Dtype::i8:
+          break;
       }
     }
   }
@@ -131,7 +142,8 @@ void rope_write(const RopeWrite& a, Worker& worker) {
   const int64_t items = (a.tokens + kTokensOfItem - 1) / kTokensOfItem;
   int64_t item;
   while (worker.next(items, &item))
-    for (int64_t t = item * kTokensOfItem; t < smaller(a.tokens, (item + 1) * kTokensOfItem); t++) rope_token(a, t, turned);
+    for (int64_t t = item * kTokensOfItem; t < smaller(a.tokens, (item + 1) * kTokensOfItem); t++)
+      rope_token(a, t, turned);
   worker.end_phase(items);
 }
 
@@ -142,10 +154,17 @@ void route(const Route& a, Worker& worker) {
   while (worker.next(items, &item)) {
     for (int64_t t = item * kTokensOfItem; t < smaller(a.tokens, (item + 1) * kTokensOfItem); t++) {
       switch (a.gate_dtype) {
-        case Dtype::f32: route_token<float>(a, t, logits); break;
-        case Dtype::bf16: route_token<bf16>(a, t, logits); break;
-        case Dtype::f16: route_token<f16>(a, t, logits); break;
-        case Dtype::i8: break;
+        case Dtype::f32:
+          route_token<float>(a, t, logits);
+          break;
+        case Dtype::bf16:
+          route_token<bf16>(a, t, logits);
+          break;
+        case Dtype::f16:
+          route_token<f16>(a, t, logits);
+          break;
+        case Dtype::i8:
+          break;
       }
     }
   }

@@ -38,30 +38,36 @@ int64_t probe_int8(int64_t iterations) {
   const Quantized x = load_quantized(ones);
   const Weights8 w = load_weights8(weights);
   vi acc[kChains];
-  EF_UNROLL for (int i = 0; i < kChains; i++) acc[i] = set1_int(0);
+  EF_UNROLL
+  for (int i = 0; i < kChains; i++) acc[i] = set1_int(0);
   for (int64_t n = 0; n < iterations; n++) {
-    EF_UNROLL for (int i = 0; i < kChains; i++) {
+    EF_UNROLL
+    for (int i = 0; i < kChains; i++) {
       dot8(acc[i], x, w);
       keep(acc[i]);
     }
   }
   vi total = set1_int(0);
-  EF_UNROLL for (int i = 0; i < kChains; i++) total = add(total, acc[i]);
+  EF_UNROLL
+  for (int i = 0; i < kChains; i++) total = add(total, acc[i]);
   return sum(total);
 }
 
 int64_t probe_fp32(int64_t iterations) {
   vf acc[kChains], x = set1(0.5f);
   keep(x);
-  EF_UNROLL for (int i = 0; i < kChains; i++) acc[i] = set1(1.f);
+  EF_UNROLL
+  for (int i = 0; i < kChains; i++) acc[i] = set1(1.f);
   for (int64_t n = 0; n < iterations; n++) {
-    EF_UNROLL for (int i = 0; i < kChains; i++) {
+    EF_UNROLL
+    for (int i = 0; i < kChains; i++) {
       acc[i] = fma(acc[i], x, x);
       keep(acc[i]);
     }
   }
   vf total = zero();
-  EF_UNROLL for (int i = 0; i < kChains; i++) total = add(total, acc[i]);
+  EF_UNROLL
+  for (int i = 0; i < kChains; i++) total = add(total, acc[i]);
   return static_cast<int64_t>(sum(total));
 }
 
@@ -70,15 +76,18 @@ int64_t probe_bf16(int64_t iterations) {
   const uint32_t one = 0x3f803f80;
   const Pairs x = set1_pair(&one);
   vf acc[kChains];
-  EF_UNROLL for (int i = 0; i < kChains; i++) acc[i] = zero();
+  EF_UNROLL
+  for (int i = 0; i < kChains; i++) acc[i] = zero();
   for (int64_t n = 0; n < iterations; n++) {
-    EF_UNROLL for (int i = 0; i < kChains; i++) {
+    EF_UNROLL
+    for (int i = 0; i < kChains; i++) {
       dot_pairs(acc[i], x, x);
       keep(acc[i]);
     }
   }
   vf total = zero();
-  EF_UNROLL for (int i = 0; i < kChains; i++) total = add(total, acc[i]);
+  EF_UNROLL
+  for (int i = 0; i < kChains; i++) total = add(total, acc[i]);
   return static_cast<int64_t>(sum(total));
 }
 #endif
@@ -86,8 +95,10 @@ int64_t probe_bf16(int64_t iterations) {
 int64_t probe_read(const char* data, int64_t bytes) {
   constexpr int64_t step = 4 * VL * 4;
   vi acc[4] = {set1_int(0), set1_int(0), set1_int(0), set1_int(0)};
-  for (int64_t i = 0; i + step <= bytes; i += step)
-    EF_UNROLL for (int j = 0; j < 4; j++) acc[j] = add(acc[j], load_ints(reinterpret_cast<const int32_t*>(data + i) + j * VL));
+  for (int64_t i = 0; i + step <= bytes; i += step) {
+    EF_UNROLL
+    for (int j = 0; j < 4; j++) acc[j] = add(acc[j], load_ints(reinterpret_cast<const int32_t*>(data + i) + j * VL));
+  }
   return sum(add(add(acc[0], acc[1]), add(acc[2], acc[3])));
 }
 

@@ -92,17 +92,20 @@ EF_INLINE void store_n(T* p, vf a, int64_t n) {
 // VL rows of VL become VL columns.
 EF_INLINE void transpose(vf* r) {
   vf t[8];
-  EF_UNROLL for (int i = 0; i < 4; i++) {
+  EF_UNROLL
+  for (int i = 0; i < 4; i++) {
     t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
     t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
   }
-  EF_UNROLL for (int i = 0; i < 2; i++) {
+  EF_UNROLL
+  for (int i = 0; i < 2; i++) {
     r[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
     r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
     r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
     r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
   }
-  EF_UNROLL for (int i = 0; i < 4; i++) {
+  EF_UNROLL
+  for (int i = 0; i < 4; i++) {
     const vf low = r[i], high = r[i + 4];
     r[i] = _mm256_permute2f128_ps(low, high, 0x20);
     r[i + 4] = _mm256_permute2f128_ps(low, high, 0x31);
@@ -133,8 +136,6 @@ struct Quantized {
 EF_INLINE Quantized load_quantized(const quantized* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
 }
-EF_INLINE void dot8(vi& acc, Quantized x, Weights8 w) {
-  acc.v = _mm256_add_epi32(acc.v, _mm256_madd_epi16(x.v, w.v));
-}
+EF_INLINE void dot8(vi& acc, Quantized x, Weights8 w) { acc.v = _mm256_add_epi32(acc.v, _mm256_madd_epi16(x.v, w.v)); }
 
 }  // namespace eightfold::EIGHTFOLD_ISA

@@ -6,7 +6,8 @@
 namespace eightfold::EIGHTFOLD_ISA {
 
 constexpr int VL = 16;
-constexpr int kTileRows = 4, kTileColumns = 6;  // 24 accumulators, 6 weights, 1 activation and a constant: all 32 registers
+constexpr int kTileRows = 4,
+              kTileColumns = 6;  // 24 accumulators, 6 weights, 1 activation and a constant: all 32 registers
 using vf = __m512;
 struct vi {
   __m512i v;
@@ -49,15 +50,19 @@ EF_INLINE __m128 sums_of(const vf* a) {
   return _mm512_castps512_ps128(_mm512_permutexvar_ps(first, t));
 }
 EF_INLINE __m128i sums_of(const vi* a) {
-  const __m512i p = _mm512_add_epi32(_mm512_shuffle_i32x4(a[0].v, a[1].v, 0x44), _mm512_shuffle_i32x4(a[0].v, a[1].v, 0xee));
-  const __m512i q = _mm512_add_epi32(_mm512_shuffle_i32x4(a[2].v, a[3].v, 0x44), _mm512_shuffle_i32x4(a[2].v, a[3].v, 0xee));
+  const __m512i p =
+      _mm512_add_epi32(_mm512_shuffle_i32x4(a[0].v, a[1].v, 0x44), _mm512_shuffle_i32x4(a[0].v, a[1].v, 0xee));
+  const __m512i q =
+      _mm512_add_epi32(_mm512_shuffle_i32x4(a[2].v, a[3].v, 0x44), _mm512_shuffle_i32x4(a[2].v, a[3].v, 0xee));
   __m512i t = _mm512_add_epi32(_mm512_shuffle_i32x4(p, q, 0x88), _mm512_shuffle_i32x4(p, q, 0xdd));
   t = _mm512_add_epi32(t, _mm512_shuffle_epi32(t, _MM_PERM_ENUM(0x4e)));
   t = _mm512_add_epi32(t, _mm512_shuffle_epi32(t, _MM_PERM_ENUM(0xb1)));
   const __m512i first = _mm512_castsi128_si512(_mm_setr_epi32(0, 4, 8, 12));
   return _mm512_castsi512_si128(_mm512_permutexvar_epi32(first, t));
 }
-EF_INLINE void store_sums(float* to, __m128 s, bool add_to) { _mm_storeu_ps(to, add_to ? _mm_add_ps(_mm_loadu_ps(to), s) : s); }
+EF_INLINE void store_sums(float* to, __m128 s, bool add_to) {
+  _mm_storeu_ps(to, add_to ? _mm_add_ps(_mm_loadu_ps(to), s) : s);
+}
 EF_INLINE void store_sums(int32_t* to, __m128i s, bool add_to) {
   __m128i* at = reinterpret_cast<__m128i*>(to);
   _mm_storeu_si128(at, add_to ? _mm_add_epi32(_mm_loadu_si128(at), s) : s);
@@ -113,23 +118,27 @@ EF_INLINE void store_n(f16* p, vf a, int64_t n) { _mm256_mask_storeu_epi16(p, fi
 // VL rows of VL become VL columns.
 EF_INLINE void transpose(vf* r) {
   vf t[16];
-  EF_UNROLL for (int i = 0; i < 8; i++) {
+  EF_UNROLL
+  for (int i = 0; i < 8; i++) {
     t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
     t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
   }
-  EF_UNROLL for (int i = 0; i < 4; i++) {
+  EF_UNROLL
+  for (int i = 0; i < 4; i++) {
     r[4 * i] = _mm512_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
     r[4 * i + 1] = _mm512_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
     r[4 * i + 2] = _mm512_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
     r[4 * i + 3] = _mm512_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
   }
-  EF_UNROLL for (int i = 0; i < 4; i++) {  // now blocks of four lanes are transposed among themselves
+  EF_UNROLL
+  for (int i = 0; i < 4; i++) {  // now blocks of four lanes are transposed among themselves
     t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
     t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
     t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
     t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
   }
-  EF_UNROLL for (int i = 0; i < 4; i++) {
+  EF_UNROLL
+  for (int i = 0; i < 4; i++) {
     r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
     r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
     r[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
@@ -187,9 +196,7 @@ EF_INLINE Weights8 load_weights8_n(const int8_t* p, int64_t n) {
   return {_mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8((1u << n) - 1u, p))};
 }
 EF_INLINE Quantized load_quantized(const quantized* p) { return {_mm512_loadu_si512(p)}; }
-EF_INLINE void dot8(vi& acc, Quantized x, Weights8 w) {
-  acc.v = _mm512_add_epi32(acc.v, _mm512_madd_epi16(x.v, w.v));
-}
+EF_INLINE void dot8(vi& acc, Quantized x, Weights8 w) { acc.v = _mm512_add_epi32(acc.v, _mm512_madd_epi16(x.v, w.v)); }
 #endif
 
 }  // namespace eightfold::EIGHTFOLD_ISA

@@ -18,7 +18,7 @@ EF_INLINE vf mul(vf a, vf b) { return a * b; }
 EF_INLINE vf div(vf a, vf b) { return a / b; }
 EF_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
 EF_INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
-EF_INLINE vf largest(vf a, vf b) { return select(a > b, a, b); }   // b where either is a NaN, as x86 has it
+EF_INLINE vf largest(vf a, vf b) { return select(a > b, a, b); }  // b where either is a NaN, as x86 has it
 EF_INLINE vf smallest(vf a, vf b) { return select(a < b, a, b); }
 EF_INLINE vf absolute(vf a) { return (vf)((vi)a & set1_int(0x7fffffff)); }
 EF_INLINE vi add(vi a, vi b) { return (vi)((vu)a + (vu)b); }
@@ -108,7 +108,8 @@ EF_INLINE void store(bf16* p, vf a) {
     uint32_t u;
     const float x = a[i];
     std::memcpy(&u, &x, 4);
-    p[i].bits = (u & 0x7fffffffu) > 0x7f800000u ? (uint16_t)(u >> 16 | 0x40u) : (uint16_t)((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
+    p[i].bits = (u & 0x7fffffffu) > 0x7f800000u ? (uint16_t)(u >> 16 | 0x40u)
+                                                : (uint16_t)((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
   }
 }
 EF_INLINE void store(f16* p, vf a) {
@@ -138,9 +139,7 @@ EF_INLINE void store_quantized(quantized* p, vi a) {
 struct Weights8 {
   v16 v;
 };
-EF_INLINE Weights8 load_weights8(const int8_t* p) {
-  return {v16{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]}};
-}
+EF_INLINE Weights8 load_weights8(const int8_t* p) { return {v16{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]}}; }
 EF_INLINE Weights8 load_weights8_n(const int8_t* p, int64_t n) {
   int8_t buffer[kDot8] = {};
   std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof *p);

@@ -78,8 +78,6 @@ EF_INLINE vf exp2_of(vf a) {
 }
 
 // g · sigmoid(g)
-EF_INLINE vf silu(vf g) {
-  return div(g, add(set1(1.f), exp2_of(mul(g, set1(-1.44269504f)))));
-}
+EF_INLINE vf silu(vf g) { return div(g, add(set1(1.f), exp2_of(mul(g, set1(-1.44269504f))))); }
 
 }  // namespace eightfold::EIGHTFOLD_ISA
