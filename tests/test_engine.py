@@ -93,19 +93,20 @@ def test_sampled_with_a_seed_is_as_alone(folder: Path, device: str) -> None:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_arrival_order(folder: Path, data: st.DataObject) -> None:
+@given(
+    order=st.permutations(range(6)),
+    pauses=st.lists(st.integers(0, 8), min_size=6, max_size=6),
+    aborted=st.sets(st.integers(0, 5), max_size=2),
+)
+def test_any_arrival_order(folder: Path, order: list[int], pauses: list[int], aborted: set[int]) -> None:
     """Requests that join and leave at any time, with aborts between, answer as alone."""
     requests = prompts(6, seed=3, shared=8)
     expected = reference(folder)
-    llm = running(folder)
-    engine = llm.engine
-    todo = data.draw(st.permutations(range(6)))
-    aborted = data.draw(st.sets(st.integers(0, 5), max_size=2))
+    engine = running(folder).engine
     done: dict[int, RequestOutput] = {}
-    for number in todo:
+    for number, pause in zip(order, pauses, strict=True):
         engine.add(Request(f"r{number}", requests[number], GREEDY))
-        for _ in range(data.draw(st.integers(0, 8))):
+        for _ in range(pause):
             done.update({int(out.request_id[1:]): out for out in engine.step() if out.finished})
         if number in aborted and number not in done:
             ended = engine.abort(f"r{number}")
