@@ -11,7 +11,7 @@ namespace {
 // Jobs below about this many elementary steps are done sooner than other threads would wake.
 constexpr int64_t kSmall = 1 << 15;
 constexpr int64_t kMoeTokens = 1024;   // tokens of a moe that go through together, so that its memory has a bound
-constexpr int64_t kGroupSlots = 512;   // the same for (token, expert) pairs whose inner values exist at once
+constexpr int64_t kGroupSlots = 256;   // the same for (token, expert) pairs whose inner values exist at once
 
 // Sizes of several arrays in one piece of memory.
 struct Layout {
