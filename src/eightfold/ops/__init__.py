@@ -209,9 +209,6 @@ class Ops:
         """Bytes that keys and values could take now."""
         return available_memory()
 
-    def synchronize(self) -> None:
-        """Wait until all work given to the device is done."""
-
 
 DEVICES = ("cpu", "torch")
 
