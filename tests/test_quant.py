@@ -30,7 +30,7 @@ def quantized(rows: int, columns: int, seed: int = 0) -> W8A8Weight:
 
 
 def test_unknown_scheme() -> None:
-    with pytest.raises(EightfoldError, match="quantization scheme 'w3' is not known; there are dense, w8a8"):
+    with pytest.raises(EightfoldError, match="quantization scheme 'w3' is not known; there are dense, w8a8, w8a16"):
         get_scheme("w3")
 
 
@@ -80,7 +80,7 @@ def test_w8a8_quantizes_floats_of_any_dtype_and_sources_in_blocks(
 ) -> None:
     source = random(33, 50, 1).to(dtype)
     whole = W8A8.quantize(source)
-    monkeypatch.setattr("eightfold.quant.w8a8.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("eightfold.quant.int8.BLOCK_BYTES", 1000)
     blocks = W8A8.quantize(source)
     assert all(torch.equal(whole[name], blocks[name]) for name in whole)
     weight, x = W8A8.wrap(whole), random(4, 50, 2)

@@ -90,7 +90,7 @@ ROPE_KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 # What config.json calls a scheme, after MindIE.
-QUANTIZE_KEYS = {"w8a8": "w8a8_dynamic"}
+QUANTIZE_KEYS = {"w8a8": "w8a8_dynamic", "w8a16": "w8a16"}
 
 
 class Keys:

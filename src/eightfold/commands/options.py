@@ -93,7 +93,7 @@ def add_make_random(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layers", type=int, metavar="N", help="how many layers (default: the shape's own)")
     parser.add_argument("--dtype", default="bfloat16", help="float32, bfloat16 or float16 (default: bfloat16)")
-    parser.add_argument("--scheme", default="dense", help="quantization: dense or w8a8 (default: dense)")
+    parser.add_argument("--scheme", default="dense", help="quantization: dense, w8a8 or w8a16 (default: dense)")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
 
 

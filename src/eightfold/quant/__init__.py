@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eightfold.types import EightfoldError
 
-SCHEMES = ("dense", "w8a8")
+SCHEMES = ("dense", "w8a8", "w8a16")
 
 
 class Part(NamedTuple):
