@@ -11,32 +11,42 @@ from eightfold.types import EightfoldError
 EPILOG = """\
 kernels measures each operation of a backend at Mixtral 8x7B's shapes; offline the whole engine, on a MODEL folder or
 on random weights of a --shape. Both print what share of the machine's limits was reached, as probed in the same run.
+loading starts a process for each --load-mode in turn: time to first token, then the rate at which decoding reads.
 
   eightfold bench kernels --only moe/w8a8 --png roofline.png
-  eightfold bench offline --shape 8x7b --layers 4 --scheme w8a8 --json out.json"""
+  eightfold bench offline --shape 8x7b --layers 4 --scheme w8a8 --json out.json
+  eightfold bench loading --shape 8x7b --layers 4 --cold"""
 
 _OFFLINE = {"model", "layers", "scheme", "dtype", "kv_cache_dtype", "load_mode", "prefill", "chunk", "decode_batch"}
 _OFFLINE |= {"depth", "output_len", "distinct_prompts", "startup", "work_dir"}
+_LOADING = {"model", "layers", "scheme", "dtype", "kv_cache_dtype", "output_len", "work_dir", "cold"}
+_CHOSEN = {"kernels": {"only"}, "offline": _OFFLINE, "loading": _LOADING}
 _COMMON = {"shape", "threads", "device", "repeat", "json", "png"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The arguments. An absent one is None, so that what belongs to the other measurement can be refused."""
-    parser.add_argument("what", choices=("kernels", "offline"), help="what to measure")
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="offline: a folder, demo, or a name on the hub")
-    _add_common(parser.add_argument_group("both"))
+    parser.add_argument("what", choices=tuple(_CHOSEN), help="what to measure")
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="offline, loading: a folder, demo, or a name on the hub"
+    )
+    _add_common(parser.add_argument_group("all"))
     group = parser.add_argument_group("kernels")
     group.add_argument(
         "--only", metavar="PATTERN", help="kernels whose names match or hold this, as in moe/w8a8 or */T1"
     )
-    _add_offline(parser.add_argument_group("offline"))
+    _add_offline(parser.add_argument_group("offline (and loading, as far as it applies)"))
+    group = parser.add_argument_group("loading")
+    group.add_argument(
+        "--cold", action="store_true", default=None, help="drop the weights from the file cache before each start"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Run what was asked for. Raises EightfoldError on options that don't go with it."""
     given = {name: value for name, value in vars(args).items() if value is not None}
-    chosen = {"only"} if args.what == "kernels" else _OFFLINE
-    for name in sorted((_OFFLINE | {"only"}) - chosen):
+    chosen = _CHOSEN[args.what]
+    for name in sorted(set().union(*_CHOSEN.values()) - chosen):
         if name in given:
             option = "MODEL" if name == "model" else "--" + name.replace("_", "-")
             raise EightfoldError(f"{option} does not go with bench {args.what}")
@@ -44,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
     if args.isa is not None:
         # The way that all rooms know, and that the process which measures loading inherits.
         os.environ["EIGHTFOLD_CPU_ISA"] = args.isa
-    run = _kernels if args.what == "kernels" else _offline
+    run = {"kernels": _kernels, "offline": _offline, "loading": _loading}[args.what]
     return run(options)
 
 
@@ -71,6 +81,17 @@ def _offline(options: dict[str, Any]) -> int:
     return 0
 
 
+def _loading(options: dict[str, Any]) -> int:
+    from eightfold.bench.loading import run_loading
+    from eightfold.bench.plan import OfflineOptions
+
+    if "png" in options:
+        raise EightfoldError("--png does not go with bench loading")
+    cold = options.pop("cold", False)
+    run_loading(OfflineOptions(**{"prefill": (64,), "decode_batch": (1,), "depth": (0,), "repeat": 3, **options}), cold)
+    return 0
+
+
 def _add_common(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--shape", help="8x7b or 8x22b: whose shapes (kernels: default 8x7b)")
     group.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: all cores)")
@@ -78,7 +99,7 @@ def _add_common(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--isa", metavar="NAME", help="instruction set of the native kernels (default: the best there is)"
     )
-    group.add_argument("--repeat", type=int, metavar="N", help="samples of each (default: kernels 7, offline 5)")
+    group.add_argument("--repeat", type=int, metavar="N", help="samples of each (default: 7, 5 and 3)")
     group.add_argument("--json", metavar="FILE", help="write all samples, with machine and versions")
     group.add_argument("--png", metavar="FILE", help="draw the roofline (needs matplotlib)")
 
