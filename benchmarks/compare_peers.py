@@ -3,12 +3,14 @@
 
 setup_peers.sh DIR builds the peers; then: compare_peers.py --peers DIR --json out.json --png out.png. Each round runs
 every contender once, in a process that has the machine to itself, between two probes of the machine. Ratios are taken
-within a round, so that what slows the machine for minutes slows both sides.
+within a round, so that what slows the machine for minutes slows both sides. Where FILE of --json holds rounds of an
+earlier run of the same contenders and settings, theirs count and new ones are added.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 
 from contenders import Contender, Settings, Timing, Timings, all_contenders
+from eightfold.bench.accounting import Peaks
 from eightfold.bench.probes import Prober, as_json, facts
 from eightfold.bench.report import Spread, check_outputs, probe_line, table, write_json
 from eightfold.machine import usable_cores
@@ -61,7 +64,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--decode-batch", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="default: 1 8 32")
     parser.add_argument("--steps", type=int, default=16, metavar="N", help="tokens decoded a sequence (default: 16)")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="prompts in each process (default: 3)")
-    parser.add_argument("--json", metavar="FILE", help="write all samples")
+    parser.add_argument("--json", metavar="FILE", help="write all samples, or add to them")
     parser.add_argument("--png", metavar="FILE", help="draw the ratios (needs matplotlib)")
     return parser.parse_args(argv)
 
@@ -73,22 +76,60 @@ def _compare(args: argparse.Namespace) -> int:
     chosen = choose(everyone, args.only)
     ops = get_ops("cpu", torch.bfloat16, args.threads)
     prober = Prober(ops)
-    runs = _rounds(chosen, settings, args.rounds, prober)
+    runs = earlier(args.json, chosen, settings, prober) if args.json else []
+    prober.take()
+    done = len({run.round for run in runs})
+    for number in range(done, args.rounds):
+        runs += _round(number, args.rounds, chosen, settings, prober)
+        if args.json:  # after each round: what is measured is not lost
+            write_json(args.json, _report(runs, settings, prober, facts(ops)))
     rows = ratios(runs)
     _show(rows, prober)
-    report = {
-        "kind": "peers",
-        **facts(ops),
-        "settings": asdict(settings),
-        "probes": as_json(prober.readings),
-        "samples": [_sample_json(run, prober) for run in runs],
-        "ratios": rows,
-    }
-    if args.json:
-        write_json(args.json, report)
     if args.png:
         draw(args.png, rows)
     return 0
+
+
+def _report(runs: Sequence[Ran], settings: Settings, prober: Prober, about: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "kind": "peers",
+        **about,
+        "settings": asdict(settings),
+        "probes": as_json(prober.readings),
+        "samples": [_sample_json(run, prober) for run in runs],
+        "ratios": ratios(runs),
+    }
+
+
+def earlier(path: str, chosen: Sequence[Contender], settings: Settings, prober: Prober) -> list[Ran]:
+    """The rounds that the file of an earlier run holds, none if there is no file; its probes go to `prober`.
+
+    Raises EightfoldError if that run had other contenders or settings.
+    """
+    if not Path(path).exists():
+        return []
+    try:
+        report = json.loads(Path(path).read_text())
+        before, samples = report["settings"], report["samples"]
+        names = {sample["contender"] for sample in samples}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise EightfoldError(f"{path} is not the result of an earlier run: name another file") from None
+    wanted = {one.name: one for one in chosen}
+    if names != wanted.keys() or before != json.loads(json.dumps(asdict(settings))):
+        raise EightfoldError(f"{path} holds a run of other contenders or settings: name another file")
+    for reading in report["probes"]:
+        operations = {key.removesuffix("_gops"): value * 1e9 for key, value in reading.items() if key != "read_gbs"}
+        prober.readings.append(Peaks(operations, reading["read_gbs"] * 1e9))
+        prober.times.append(0.0)
+    return [
+        Ran(
+            sample["round"],
+            wanted[sample["contender"]],
+            {name: Timing(**timing) for name, timing in sample["tests"].items()},
+            sample["probe_before"],
+        )
+        for sample in samples
+    ]
 
 
 def choose(everyone: Sequence[Contender], only: str | None) -> list[Contender]:
@@ -107,18 +148,16 @@ def choose(everyone: Sequence[Contender], only: str | None) -> list[Contender]:
     return [one for one in everyone if one in peers or one.name in ours]
 
 
-def _rounds(chosen: Sequence[Contender], settings: Settings, rounds: int, prober: Prober) -> list[Ran]:
-    """Every contender once a round, in turns forwards and backwards."""
+def _round(number: int, of: int, chosen: Sequence[Contender], settings: Settings, prober: Prober) -> list[Ran]:
+    """Every contender once, forwards and backwards in turns."""
     runs = []
-    prober.take()
-    for number in range(rounds):
-        for one in chosen if number % 2 == 0 else reversed(chosen):
-            start = time.perf_counter()
-            reading = len(prober.readings) - 1
-            runs.append(Ran(number, one, one.run(settings), reading))
-            prober.take()
-            spent = time.perf_counter() - start
-            print(f"round {number + 1} of {rounds}: {one.name} in {spent:.0f} s", file=sys.stderr, flush=True)
+    for one in chosen if number % 2 == 0 else reversed(chosen):
+        start = time.perf_counter()
+        reading = len(prober.readings) - 1
+        runs.append(Ran(number, one, one.run(settings), reading))
+        prober.take()
+        spent = time.perf_counter() - start
+        print(f"round {number + 1} of {of}: {one.name} in {spent:.0f} s", file=sys.stderr, flush=True)
     return runs
 
 

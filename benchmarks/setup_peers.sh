@@ -5,7 +5,7 @@
 #   benchmarks/setup_peers.sh DIR [llama] [gguf] [transformers] [openvino]     (default: all of them)
 #
 # PYTHON is the interpreter that has Eightfold (default: python3). LAYERS (4) and FLOAT_LAYERS (2) are the numbers of
-# layers of the GGUF models and of the others. LLAMA, TRANSFORMERS, OPENVINO, TORCH override what is installed.
+# layers of the GGUF models and of the others. LLAMA, TRANSFORMERS, OPENVINO, OPTIMUM, TORCH override what is installed.
 set -euo pipefail
 
 [ $# -ge 1 ] && [ "${1#-}" = "$1" ] || { sed -n 2,8p "$0"; exit 2; }
@@ -20,6 +20,8 @@ float_layers=${FLOAT_LAYERS:-2}
 llama=${LLAMA:-llama-cpp-python==0.3.36}
 transformers=${TRANSFORMERS:-transformers==5.23.0}
 openvino=${OPENVINO:-openvino==2026.4.1}
+# Later versions export all experts as one operation, which the CPU plugin runs six to eight times slower here.
+optimum=${OPTIMUM:-optimum-intel[openvino]==1.27.0}
 torch=${TORCH:-torch==2.13.0}
 mkdir -p "$dir/models"
 
@@ -61,7 +63,7 @@ for what in "$@"; do
         make_folder
         ;;
     openvino)
-        environment v-ov "$torch" "$openvino" "optimum-intel[openvino]"
+        environment v-ov "$torch" "$openvino" "$optimum"
         make_folder
         HF_HUB_OFFLINE=1 "$dir/v-ov/bin/optimum-cli" export openvino --model "$dir/models/hf$float_layers" \
             --task text-generation-with-past --weight-format int8 --disable-convert-tokenizer \
