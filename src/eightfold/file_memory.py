@@ -78,16 +78,24 @@ def _copy(file: BinaryIO, size: int, report: BytesDone) -> FileMemory:
 
 def _lock(mapped: mmap.mmap, size: int, report: BytesDone) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
+    pages = np.frombuffer(mapped, np.uint8)[:: mmap.PAGESIZE]
     start = _address(mapped)
-    for at in range(0, size, _CHUNK):
+
+    def lock(at: int) -> int:
         count = min(_CHUNK, size - at)
+        # Touched first: what mlock itself brings in is mapped by small pages, which are a third slower to read.
+        pages[at // mmap.PAGESIZE : -(-(at + count) // mmap.PAGESIZE)].max()
         if libc.mlock(ctypes.c_void_p(start + at), ctypes.c_size_t(count)):
             reason = os.strerror(ctypes.get_errno())
             raise EightfoldError(
                 f"cannot lock the weights in memory ({reason}): raise the limit (ulimit -l unlimited) or use "
                 "--load-mode mmap or copy"
             )
-        report(count)
+        return count
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for count in pool.map(lock, range(0, size, _CHUNK)):
+            report(count)
 
 
 def _address(buffer: mmap.mmap) -> int:
