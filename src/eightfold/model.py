@@ -17,6 +17,7 @@ from eightfold.config import ModelConfig
 from eightfold.ops import Batch, Expert, Ops, Pages, Rope, Weight
 from eightfold.quant import Part, Scheme, get_scheme
 from eightfold.rope import rope_tables
+from eightfold.types import EightfoldError
 
 
 class WeightSpec(NamedTuple):
@@ -142,7 +143,10 @@ class Loader:
         shape = tuple(self._sizes[axis] for axis in self._table[name].axes)
         wanted = scheme.stored(shape)  # type: ignore[arg-type]
         present = {part: f"{name}.{part}" for part in wanted if f"{name}.{part}" in self._names}
-        return scheme.wrap({part: self._source.tensor(full) for part, full in present.items()})
+        try:
+            return scheme.wrap({part: self._source.tensor(full) for part, full in present.items()})
+        except EightfoldError as error:
+            raise EightfoldError(f"{name}: {error}") from None
 
 
 class Mixtral:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from eightfold import _native
+from eightfold.machine import usable_cores
 from eightfold.ops import Batch, Expert, Ops, Pages, Rope, Weight
 from eightfold.types import EightfoldError
 
@@ -77,7 +78,7 @@ class CpuOps(Ops):
             raise EightfoldError(f"threads is {threads}; it must be 1 or more")
         super().__init__(dtype, "cpu")
         self.strict_kernels = strict_kernels
-        self.engine = _native.Engine(threads or 0, _chosen_isa(isa))
+        self.engine = _native.Engine(threads or usable_cores(), _chosen_isa(isa))
         self._rounded = dtype == torch.bfloat16
         self._said: set[str] = set()
         torch.set_num_threads(1)
