@@ -34,6 +34,7 @@ COMMANDS: dict[str, Command] = {
     "run": Command("answer prompts, streaming", "MODEL [PROMPT …]", options.add_run, options.RUN_EPILOG),
     "chat": Command("talk with the model", "MODEL", options.add_chat, options.CHAT_EPILOG),
     "info": Command("what a model is, and what it needs on this machine", "MODEL", options.add_info),
+    "compare": Command("how similar two models are", "A B", options.add_compare, options.COMPARE_EPILOG),
     "bench": Command(
         "measure kernels, or the whole engine", "{kernels,offline} [MODEL]", bench.add_options, bench.EPILOG
     ),

@@ -42,8 +42,8 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> Engin
     tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, folder, model_config)
     checkpoint = Checkpoint.open(folder, model_config, config.allow_pickle)
     checkpoint.check(stored_tensors(model_config))
-    dtype = _named_dtype("dtype", config.dtype, checkpoint.main_dtype)
-    kv_dtype = _named_dtype("kv-cache-dtype", config.kv_cache_dtype, dtype)
+    dtype = named_dtype("dtype", config.dtype, checkpoint.main_dtype)
+    kv_dtype = named_dtype("kv-cache-dtype", config.kv_cache_dtype, dtype)
     ops = get_ops(config.device, dtype, config.threads, config.strict_kernels)
     max_model_len = _context(config, model_config)
     num_pages = kv_pages(config, model_config, max_model_len, kv_dtype, ops)
@@ -136,7 +136,8 @@ def _context(config: EngineConfig, model_config: ModelConfig) -> int:
     return config.max_model_len or limit
 
 
-def _named_dtype(option: str, name: str, auto: torch.dtype) -> torch.dtype:
+def named_dtype(option: str, name: str, auto: torch.dtype) -> torch.dtype:
+    """The dtype that an option names; "auto" is `auto`. Raises EightfoldError on any other name."""
     if name == "auto":
         return auto
     if name not in DTYPES:

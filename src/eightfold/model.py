@@ -6,7 +6,7 @@ width. Everything that depends on a device or a number format is behind `Ops` an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -104,6 +104,14 @@ class Layer:
     experts: Any
 
 
+class LayerOutput(NamedTuple):
+    """What one layer made of T tokens; attention + moe are the hidden states that it passes on."""
+
+    attention: Tensor  # [T, H] hidden states after attention
+    moe: Tensor  # [T, H] the experts' sum
+    experts: Tensor  # [T, K] int32, best first
+
+
 class Loader:
     """Takes weights from a source and prepares them for a backend, one after the other."""
 
@@ -183,6 +191,14 @@ class Mixtral:
 
     def forward(self, batch: Batch, pages: Sequence[Pages]) -> Tensor:
         """One step: writes the batch's keys and values into each layer's pages → logits [L, V] fp32."""
+        steps = self.layers(batch, pages)
+        for _ in self._layers[1:]:
+            next(steps)  # not `for out in steps`: a layer's output would stay in memory while the next one runs
+        out = next(steps)
+        return self.logits(out.moe, out.attention)
+
+    def layers(self, batch: Batch, pages: Sequence[Pages]) -> Iterator[LayerOutput]:
+        """The step layer by layer, for `forward` and for whoever looks at what is between; the last has L tokens."""
         ops, config = self.ops, self.config
         eps, last = config.rms_norm_eps, len(self._layers) - 1
         x, residual = ops.embed(batch.ids, self._embedding), None  # [T, H]
@@ -196,5 +212,9 @@ class Mixtral:
             x, residual = ops.rms_norm(x, layer.moe_norm, eps, residual)
             ids, weights = ops.route(x, layer.gate, config.experts_per_token)  # [T, K]
             x = ops.moe(x, ids, weights, layer.experts)  # [T, H]
-        x, _ = ops.rms_norm(x, self._norm, eps, residual)
-        return ops.linear(x, self._head).float()  # [L, V]
+            yield LayerOutput(residual, x, ids)
+
+    def logits(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x and residual [L, H], of which the sum leaves the last layer → [L, V] fp32."""
+        x, _ = self.ops.rms_norm(x, self._norm, self.config.rms_norm_eps, residual)
+        return self.ops.linear(x, self._head).float()

@@ -38,6 +38,14 @@ in the chat:
   ctrl-C stops an answer; what was said so far stays in the conversation.
   Text that begins with a space is never a command."""
 
+COMPARE_EPILOG = """\
+A is what B is measured against: a float model and one quantized from it, two quantizations, or the same folder twice
+with --kv-cache-dtype-b. Both run over the same text, each with its own hidden states, side by side and layer by layer,
+so neither has to fit in memory.
+
+  eightfold compare MODEL MODEL-w8a8 --html compare.html
+  eightfold compare demo demo --kv-cache-dtype-b bfloat16"""
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B?)", re.IGNORECASE)
 _EXPONENTS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -95,6 +103,39 @@ def add_make_random(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bfloat16", help="float32, bfloat16 or float16 (default: bfloat16)")
     parser.add_argument("--scheme", default="dense", help="quantization: dense, w8a8 or w8a16 (default: dense)")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
+
+
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `eightfold compare`."""
+    for name, text in (
+        ("a", "the reference: a folder, demo, or a name on the hub"),
+        ("b", "what is measured against it"),
+    ):
+        parser.add_argument(name, metavar=name.upper(), help=text)
+    group = parser.add_argument_group("text")
+    group.add_argument("--text", metavar="FILE", help="UTF-8 text to run both on (default: a built-in one)")
+    group.add_argument(
+        "--tokens", type=int, default=4096, metavar="N", help="use at most the text's first N (default: %(default)s)"
+    )
+    group.add_argument(
+        "--window", type=int, metavar="N", help="run it in pieces of N tokens (default: 2048, or the models' context)"
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", metavar="FILE", help="write all numbers")
+    group.add_argument("--html", metavar="FILE", help="write a page with pictures, complete in itself")
+    group.add_argument("--no-weights", dest="weights", action="store_false", help="do not compare the weights")
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--dtype",
+        default="float32",
+        metavar="NAME",
+        help="compute both in float32 (default: what differs is then the models' own), bfloat16 or float16",
+    )
+    group.add_argument("--kv-cache-dtype", default="auto", metavar="NAME", help="of keys and values (default: --dtype)")
+    group.add_argument("--kv-cache-dtype-b", metavar="NAME", help="of B's keys and values (default: the same as A's)")
+    group.add_argument("--device", default=_default("device"), metavar="NAME", help="cpu (default) or torch")
+    group.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: all cores)")
+    group.add_argument("--allow-pickle", action="store_true", help="read .bin weights (no code in them is run)")
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_tokens: int | None, single: bool = False) -> None:
