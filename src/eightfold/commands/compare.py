@@ -22,11 +22,11 @@ def main(args: argparse.Namespace) -> int:
     options = CompareOptions(**{field.name: getattr(args, field.name) for field in fields(CompareOptions)})
     with bars() as progress:
         report = compare(options, progress)
-    print(render(report))
     if args.json:
         write(args.json, json.dumps(report.as_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     if args.html:
         write(args.html, page(report))
+    print(render(report))
     return 0
 
 
