@@ -370,7 +370,7 @@ def test_folders_without_a_tokenizer_run_on_random_tokens(
 ) -> None:
     assert main(["compare", str(tiny[0]), str(tiny[0]), "--tokens", "60", "--no-weights"]) == 0
     out = capsys.readouterr().out
-    assert "60 tokens of random tokens" in out
+    assert "60 tokens of random ids" in out
     assert "off by" not in out
 
 

@@ -8,7 +8,7 @@ from html import escape
 
 from eightfold import __version__
 from eightfold.compare.charts import Bar, Series, bars, columns, lines
-from eightfold.compare.report import Bucket, Report, TokenReport, agreement, change, percent, size
+from eightfold.compare.report import Bucket, Report, TokenReport, agreement, change, percent, size, windows
 
 STYLE = """
 :root {
@@ -114,9 +114,8 @@ def _head(report: Report) -> str:
     return (
         "<h1>How much does B behave like A?</h1>"
         f"<p>{sides[0]}.<br>{sides[1]}.</p>"
-        f'<p class="soft">Both ran over the same {report.tokens} tokens of {escape(report.text)}, in {report.windows} '
-        f"{'window' if report.windows == 1 else 'windows'} of up to {report.longest_window}, each with its own hidden "
-        f"states, computed in {escape(report.dtype)}.</p>{notes}"
+        f'<p class="soft">Both ran over the same {report.tokens} tokens of {escape(report.text)}, in '
+        f"{windows(report)}, each with its own hidden states, computed in {escape(report.dtype)}.</p>{notes}"
     )
 
 

@@ -121,6 +121,12 @@ def size(count: int) -> str:
     return f"{count / unit:.3g} {name}"
 
 
+def windows(report: Report) -> str:
+    """As in "53 windows of up to 175 tokens"."""
+    number = "1 window" if report.windows == 1 else f"{report.windows} windows"
+    return f"{number} of up to {report.longest_window} tokens"
+
+
 def change(a: float, b: float) -> str:
     """By how much b is above a, as in "+0.16 %"."""
     return f"{100 * (b - a) / a:+.2f} %" if b != a else "the same"
@@ -141,5 +147,5 @@ def short_lines(report: Report) -> list[str]:
         f"top token   the same at {agreement(report.top1_agreement)} of positions",
         f"router      the same experts for {agreement(report.same_experts)} of tokens, "
         f"the same first for {agreement(report.same_first)}",
-        f"measured on {report.tokens} tokens of {report.text}, in {report.windows} windows, computed in {report.dtype}",
+        f"measured on {report.tokens} tokens of {report.text}, in {windows(report)}, computed in {report.dtype}",
     ]

@@ -130,4 +130,4 @@ def random_windows(vocab_size: int, window: int, most: int) -> Windows:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (most,), generator=generator).tolist()
     pieces = [tuple(ids[start : start + window]) for start in range(0, most, window)]
-    return Windows("random tokens, as there is no tokenizer", tuple(piece for piece in pieces if len(piece) > 1))
+    return Windows("random ids, as there is no tokenizer", tuple(piece for piece in pieces if len(piece) > 1))
