@@ -12,8 +12,8 @@ using namespace eightfold;
 namespace {
 
 using Address = uintptr_t;
-using MatrixTuple =
-    std::tuple<Address, Address, int64_t, int64_t, int64_t, int>;  // data, scale, rows, cols, stride, dtype
+using MatrixTuple =  // data, scale, rows, cols, stride, dtype, whether int8 takes float activations
+    std::tuple<Address, Address, int64_t, int64_t, int64_t, int, bool>;
 using Strides = std::tuple<int64_t, int64_t, int64_t>;
 
 template <class T = float>
@@ -28,8 +28,9 @@ Dtype dtype_of(int code) {
 
 std::vector<Matrix> matrices(const std::vector<MatrixTuple>& tuples) {
   std::vector<Matrix> result;
-  for (const auto& [data, scale, rows, cols, stride, dtype] : tuples)
-    result.push_back({pointer<const void>(data), pointer<const float>(scale), rows, cols, stride, dtype_of(dtype)});
+  for (const auto& [data, scale, rows, cols, stride, dtype, float_input] : tuples)
+    result.push_back(
+        {pointer<const void>(data), pointer<const float>(scale), rows, cols, stride, dtype_of(dtype), float_input});
   return result;
 }
 

@@ -83,9 +83,14 @@ void test_int8(Engine& engine, const std::string& name) {
     for (int64_t t = 0; t < tokens; t++) x[t * cols] = 127;
     const std::vector<double> want = product(x, std::vector<float>(w.begin(), w.end()), tokens, rows, cols);
     std::vector<float> out(tokens * rows);
-    LinearWeights(engine, {{w.data(), scale.data(), rows, cols, cols, Dtype::i8}}, false)
+    LinearWeights(engine, {{w.data(), scale.data(), rows, cols, cols, Dtype::i8, false}}, false)
         .run(x.data(), cols, tokens, out.data());
     check(name + " int8 linear of " + std::to_string(tokens), out, want, 0);
+    for (const bool rounded : {false, true}) {  // whole numbers up to 127 are exact in bf16 too
+      const Matrix m{w.data(), scale.data(), rows, cols, cols, Dtype::i8, true};
+      LinearWeights(engine, {m}, rounded).run(x.data(), cols, tokens, out.data());
+      check(name + " int8 by float linear of " + std::to_string(tokens), out, want, 1e-6);
+    }
   }
 }
 

@@ -91,6 +91,8 @@ def test_attention_reads_keys_and_values_once() -> None:
     ("scheme", "dtype", "stored", "products", "element"),
     [
         ("w8a8", "bfloat16", None, "int8", 1),
+        ("w8a16", "bfloat16", None, "bf16", 1),
+        ("w8a16", "float32", None, "fp32", 1),
         ("dense", "bfloat16", "bfloat16", "bf16", 2),
         ("dense", "float32", "bfloat16", "fp32", 2),
         ("dense", "float32", None, "fp32", 4),
@@ -199,7 +201,14 @@ def test_kernels_on_tiny_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[st
     report = json.loads(target.read_text())
     assert {"command", "machine", "versions", "backend", "probes", "results"} <= report.keys()
     names = {result["name"] for result in report["results"]}
-    assert {"linear/w8a8/qkv/T5", "linear/dense/lm_head/T1", "moe/w8a8/T5", "moe/dense/T1", "route/fp32/T5"} <= names
+    assert {
+        "linear/w8a8/qkv/T5",
+        "linear/w8a16/w2/T1",
+        "linear/dense/lm_head/T1",
+        "moe/w8a8/T5",
+        "moe/dense/T1",
+        "route/fp32/T5",
+    } <= names
     assert {"attention/bfloat16/decode/B8/depth512", "attention/float32/prefill/T512/kv512"} <= names
     for result in report["results"]:
         assert len(result["seconds"]) == len(result["share_of_limit"]) == 2
@@ -214,13 +223,14 @@ def test_kernels_on_tiny_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("device", ["torch", "cpu"])
 def test_a_pattern_chooses_kernels(device: str, tmp_path: Path) -> None:
     options = replace(TINY_KERNELS, only="moe/*/T5", device=device, png=str(tmp_path / "a.png"))
-    assert [result["name"] for result in run_kernels(options)["results"]] == ["moe/w8a8/T5", "moe/dense/T5"]
+    names = [result["name"] for result in run_kernels(options)["results"]]
+    assert names == ["moe/w8a8/T5", "moe/w8a16/T5", "moe/dense/T5"]
     assert (tmp_path / "a.png").exists() == (find_spec("matplotlib") is not None)
 
 
 def test_an_unknown_pattern_is_refused() -> None:
     cases = Cases(TINY, Ops(torch.bfloat16)).all()
-    assert len(matching(cases, "moe")) == 18
+    assert len(matching(cases, "moe")) == 27
     with pytest.raises(EightfoldError, match="matches no kernel; they are named like linear/w8a8/qkv/T1"):
         matching(cases, "convolution")
 

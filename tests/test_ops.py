@@ -170,6 +170,22 @@ def test_linear_dense(isa: str, dtype: torch.dtype, stored: torch.dtype) -> None
             check_products(ops, weight, tokens)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_w8a16(isa: str, dtype: torch.dtype) -> None:
+    """int8 weights enter as they are stored: all that is lost is the rounding of the input and of fp32 sums."""
+    ops = CpuOps(dtype, threads=2, isa=isa)
+    for rows, columns in ((1, 1), (67, 45), (5, 129), (131, 2085)):
+        weights = [matrix(rows, columns, "w8a16"), matrix(7, columns, "w8a16"), matrix(3, columns, "w8a8")]
+        handle = ops.prepare_linear(weights)
+        for tokens in (1, 2, 3, 5, 9, 17, 40, 150):
+            x = torch.randn(tokens, columns)
+            got = ops.linear(x, handle)[:, : rows + 7]
+            rounded = x.bfloat16().double() if dtype == torch.bfloat16 else x.double()
+            dense = torch.cat([weight.dequantize() for weight in weights[:2]]).double()  # type: ignore[attr-defined]
+            bound = 1e-6 * (rounded.abs() @ dense.abs().T) + 1e-30
+            assert bool(((got.double() - rounded @ dense.T).abs() <= bound).all()), (rows, columns, tokens)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_w8a8_is_exactly_the_reference(isa: str, dtype: torch.dtype) -> None:
     ops, reference = CpuOps(dtype, threads=2, isa=isa), Ops(dtype)
@@ -203,7 +219,7 @@ def test_w8a8_shows_what_is_not_finite(isa: str) -> None:
     assert torch.equal(got[1], reference.linear(x, [weight])[1])
 
 
-@pytest.mark.parametrize("scheme", ["dense", "w8a8"])
+@pytest.mark.parametrize("scheme", ["dense", "w8a8", "w8a16"])
 @pytest.mark.parametrize("stored", DTYPES)
 def test_linear_of_unaligned_rows_and_columns(isa: str, scheme: str, stored: torch.dtype) -> None:
     """Weights where the file has them: at odd addresses, and views by rows and columns for tensor parallel."""
@@ -241,7 +257,9 @@ def test_fp16_products_do_not_overflow(isa: str) -> None:
     assert torch.allclose(ops.linear(x, ops.prepare_linear([weight])), torch.tensor(6e4).half().float() * 1e5 * 300)
 
 
-@pytest.mark.parametrize(("scheme", "stored"), [("dense", d) for d in DTYPES] + [("w8a8", torch.float32)])
+@pytest.mark.parametrize(
+    ("scheme", "stored"), [("dense", d) for d in DTYPES] + [("w8a8", torch.float32), ("w8a16", torch.float32)]
+)
 def test_moe(isa: str, scheme: str, stored: torch.dtype) -> None:
     dtype = torch.float32
     ops, reference = CpuOps(dtype, threads=2, isa=isa), Ops(dtype)
@@ -256,9 +274,10 @@ def test_moe(isa: str, scheme: str, stored: torch.dtype) -> None:
         assert error(got, want) < (2e-2 if scheme == "w8a8" else 2e-6)
 
 
-def test_moe_in_bf16(isa: str) -> None:
+@pytest.mark.parametrize("scheme", ["dense", "w8a16"])
+def test_moe_in_bf16(isa: str, scheme: str) -> None:
     """Within a few roundings to bf16 of the fp32 reference."""
-    ops, layer = CpuOps(torch.bfloat16, threads=2, isa=isa), experts(4, 96, 80, "dense", torch.bfloat16)
+    ops, layer = CpuOps(torch.bfloat16, threads=2, isa=isa), experts(4, 96, 80, scheme, torch.bfloat16)
     x, ids, weights = torch.randn(50, 96), torch.randint(0, 4, (50, 2)).int(), torch.rand(50, 2)
     assert error(ops.moe(x, ids, weights, ops.prepare_experts(layer)), Ops().moe(x, ids, weights, layer)) < 1e-2
 
@@ -367,6 +386,8 @@ def test_route_prefers_the_lower_of_equal_experts(isa: str) -> None:
         ("dense", torch.bfloat16, torch.bfloat16),
         ("dense", torch.float16, torch.float16),
         ("w8a8", torch.bfloat16, torch.float32),
+        ("w8a16", torch.bfloat16, torch.float32),
+        ("w8a16", torch.float32, torch.float32),
     ],
 )
 def test_products_do_not_depend_on_the_batch(isa: str, scheme: str, dtype: torch.dtype, stored: torch.dtype) -> None:
@@ -479,7 +500,8 @@ def test_isa_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EIGHTFOLD_CPU_ISA", "portable")
     ops = CpuOps(threads=1)
     assert ops.isa == "portable"
-    assert ops.kernel("moe", "w8a8") == "native portable"
+    for scheme in ("dense", "w8a8", "w8a16"):
+        assert ops.kernel("linear", scheme) == ops.kernel("moe", scheme) == "native portable"
     assert ops.kernel("embed", "dense") == "torch"
     monkeypatch.setenv("EIGHTFOLD_CPU_ISA", "avx1024")
     with pytest.raises(EightfoldError, match="EIGHTFOLD_CPU_ISA is 'avx1024', but it is not known; it may be port"):

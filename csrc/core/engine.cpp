@@ -63,9 +63,10 @@ Engine::Engine(int threads, const std::string& isa)
     : kernels_(find_variant(isa)), pool_(threads > 0 ? threads : usable_cpus()) {}
 
 Input Engine::input_for(const Matrix& w, bool rounded) const {
-  if (w.dtype == Dtype::i8) return rounded ? Input::i8_rounded : Input::i8;
+  if (w.dtype == Dtype::i8 && !w.float_input) return rounded ? Input::i8_rounded : Input::i8;
   if (!rounded) return Input::f32;
-  return w.dtype == Dtype::bf16 && kernels_->bf16_dot ? Input::bf16 : Input::f32_rounded;
+  const bool exact_in_bf16 = w.dtype == Dtype::bf16 || w.dtype == Dtype::i8;
+  return exact_in_bf16 && kernels_->bf16_dot ? Input::bf16 : Input::f32_rounded;
 }
 
 void Engine::rms_norm(const RmsNorm& args) {

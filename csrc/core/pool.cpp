@@ -158,10 +158,15 @@ void Pool::run(JobFunction function, const void* args, bool alone) {
   spin_then_yield([&] { return crew->done.load(std::memory_order_acquire) == threads_ - 1; }, crew->crowded);
 }
 
-bool Worker::next(int64_t end, int64_t* item) {
+bool Worker::peek(int64_t end, int64_t* item) {
   if (drawn_ < 0) drawn_ = pool_->crew_->item.fetch_add(1, std::memory_order_relaxed);
   if (drawn_ - base_ >= end) return false;
   *item = drawn_ - base_;
+  return true;
+}
+
+bool Worker::next(int64_t end, int64_t* item) {
+  if (!peek(end, item)) return false;
   drawn_ = -1;
   return true;
 }

@@ -23,6 +23,8 @@ class Worker {
 
   // Draws the next item below `end` into `item` (numbered from the phase's first), or says that there is none.
   bool next(int64_t end, int64_t* item);
+  // The same, but the item stays this thread's next: to bring near what it will read.
+  bool peek(int64_t end, int64_t* item);
   // Ends a phase that had `items` items: waits for all threads.
   void end_phase(int64_t items);
   // This thread's scratch memory, 64-byte aligned; it stays valid until the next call.

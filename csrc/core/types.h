@@ -22,6 +22,7 @@ struct Matrix {
   const float* scale = nullptr;  // i8 only: one a row
   int64_t rows = 0, cols = 0, stride = 0;
   Dtype dtype = Dtype::f32;
+  bool float_input = false;  // i8 only: activations stay floats (w8a16), else they are quantized too (w8a8)
 };
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

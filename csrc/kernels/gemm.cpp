@@ -71,15 +71,27 @@ void scale_sums(const int32_t* c, int64_t rows, int64_t count, const Prepared& x
   }
 }
 
+void scale_columns(const float* c, int64_t rows, int64_t count, const float* scale, float* out, int64_t out_stride) {
+  for (int64_t m = 0; m < rows; m++) {
+    const float* from = c + m * kMostColumns;
+    float* to = out + m * out_stride;
+    int64_t n = 0;
+    for (; n + VL <= count; n += VL) store(to + n, mul(load(from + n), load(scale + n)));
+    if (n < count) store_n(to + n, mul(load(from + n), load_n(scale + n, count - n)), count - n);
+  }
+}
+
 // Sums are collected in scratch, as rows of `out` may be so far apart that they fall on the same few cache lines.
 template <class D>
 void multiply_floats(const Matrix& w, const Prepared& x, int64_t x_first, int64_t rows, int64_t first, int64_t count,
-                     float* out, int64_t out_stride, void* scratch) {
+                     float* out, int64_t out_stride, void* scratch, Upcoming after) {
   using X = typename D::X;
   const int64_t x_stride = x.stride / static_cast<int64_t>(sizeof(X));
   float* c = out_stride == kMostColumns ? out : static_cast<float*>(scratch);
   product<D>(reinterpret_cast<const X*>(x.data) + x_first * x_stride, x_stride, rows,
-             static_cast<const typename D::W*>(w.data) + first * w.stride, w.stride, count, w.cols, c, kMostColumns);
+             static_cast<const typename D::W*>(w.data) + first * w.stride, w.stride, count, w.cols, c, kMostColumns,
+             after);
+  if (w.scale) return scale_columns(c, rows, count, w.scale + first, out, out_stride);
   if (c == out) return;
   for (int64_t m = 0; m < rows; m++)
     std::memcpy(out + m * out_stride, c + m * kMostColumns, static_cast<size_t>(count) * sizeof(float));
@@ -104,27 +116,30 @@ void prepare_row(Input input, const float* x, int64_t width, const Prepared& to,
 }
 
 void multiply(const Matrix& w, [[maybe_unused]] Input input, const Prepared& x, int64_t x_first, int64_t rows,
-              int64_t first, int64_t count, float* out, int64_t out_stride, void* scratch) {
-  if (w.dtype == Dtype::i8) {
+              int64_t first, int64_t count, float* out, int64_t out_stride, void* scratch, Upcoming after) {
+  if (w.dtype == Dtype::i8 && !w.float_input) {
     int32_t* c = static_cast<int32_t*>(scratch);
     const int64_t x_stride = x.stride / static_cast<int64_t>(sizeof(quantized));
     product<DotInt8>(reinterpret_cast<const quantized*>(x.data) + x_first * x_stride, x_stride, rows,
-                     static_cast<const int8_t*>(w.data) + first * w.stride, w.stride, count, w.cols, c, kMostColumns);
+                     static_cast<const int8_t*>(w.data) + first * w.stride, w.stride, count, w.cols, c, kMostColumns,
+                     after);
     return scale_sums(c, rows, count, x, x_first, w.scale + first, out, out_stride);
   }
 #if EIGHTFOLD_LEVEL >= 3
+  if (input == Input::bf16 && w.dtype == Dtype::i8)
+    return multiply_floats<DotBf16<int8_t>>(w, x, x_first, rows, first, count, out, out_stride, scratch, after);
   if (input == Input::bf16)
-    return multiply_floats<DotBf16>(w, x, x_first, rows, first, count, out, out_stride, scratch);
+    return multiply_floats<DotBf16<bf16>>(w, x, x_first, rows, first, count, out, out_stride, scratch, after);
 #endif
   switch (w.dtype) {
     case Dtype::f32:
-      return multiply_floats<DotFloat<float>>(w, x, x_first, rows, first, count, out, out_stride, scratch);
+      return multiply_floats<DotFloat<float>>(w, x, x_first, rows, first, count, out, out_stride, scratch, after);
     case Dtype::bf16:
-      return multiply_floats<DotFloat<bf16>>(w, x, x_first, rows, first, count, out, out_stride, scratch);
+      return multiply_floats<DotFloat<bf16>>(w, x, x_first, rows, first, count, out, out_stride, scratch, after);
     case Dtype::f16:
-      return multiply_floats<DotFloat<f16>>(w, x, x_first, rows, first, count, out, out_stride, scratch);
+      return multiply_floats<DotFloat<f16>>(w, x, x_first, rows, first, count, out, out_stride, scratch, after);
     case Dtype::i8:
-      return;
+      return multiply_floats<DotFloat<int8_t>>(w, x, x_first, rows, first, count, out, out_stride, scratch, after);
   }
 }
 

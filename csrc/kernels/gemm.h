@@ -5,6 +5,8 @@
 // happens to fall in, so a token's results are bitwise the same in any batch and on any number of threads.
 #pragma once
 
+#include <type_traits>
+
 #include "core/kernels.h"
 #include "vec/vec.h"
 
@@ -15,11 +17,15 @@ constexpr int64_t kStreamBytes = 16384;  // more of them do not stay in the firs
 constexpr int64_t kMostRows = 144;       // tokens that go through a block of weights together
 constexpr int64_t kMostColumns = 96;     // weights of an item of work: whole tiles, whole vectors
 
+// A kind of product: how activations X and weights W are loaded, multiplied and summed. `Wide` is the kind that int8
+// weights are widened to, a panel at a time, where many tokens share them; the kind itself where weights stay as they are.
+
 // fp32 activations; weights widened in registers.
 template <class T>
 struct DotFloat {
   using X = float;
   using W = T;
+  using Wide = std::conditional_t<std::is_same_v<T, int8_t>, DotFloat<float>, DotFloat>;
   using Vector = vf;
   using Sum = float;
   struct XV {
@@ -33,12 +39,14 @@ struct DotFloat {
   static EF_INLINE XV load_x(const X* p) { return {load(p)}; }
   static EF_INLINE WV load_w(const W* p) { return {load(p)}; }
   static EF_INLINE WV load_w_n(const W* p, int64_t n) { return {load_n(p, n)}; }
+  static EF_INLINE void store_w(float* p, WV w) { store(p, w.v); }
   static EF_INLINE void dot(Vector& acc, XV x, WV w) { acc = fma(x.v, w.v, acc); }
 };
 
 struct DotInt8 {
   using X = quantized;
   using W = int8_t;
+  using Wide = DotInt8;
   using Vector = vi;
   using Sum = int32_t;
   using XV = Quantized;
@@ -52,9 +60,11 @@ struct DotInt8 {
 };
 
 #if EIGHTFOLD_LEVEL >= 3
+template <class T>
 struct DotBf16 {
   using X = bf16;
-  using W = bf16;
+  using W = T;
+  using Wide = DotBf16<bf16>;
   using Vector = vf;
   using Sum = float;
   using XV = Pairs;
@@ -64,15 +74,16 @@ struct DotBf16 {
   static EF_INLINE XV load_x(const X* p) { return load_pairs(p); }
   static EF_INLINE WV load_w(const W* p) { return load_pairs(p); }
   static EF_INLINE WV load_w_n(const W* p, int64_t n) { return load_pairs_n(p, n); }
+  static EF_INLINE void store_w(bf16* p, WV w) { store_pairs(p, w); }
   static EF_INLINE void dot(Vector& acc, XV x, WV w) { dot_pairs(acc, x, w); }
 };
 #endif
 
-// Weights to bring near while a tile is computed: rows of `row_bytes`, one after the other, `count` lines a step. In
-// the order of the file, so that the processor's own prefetcher takes part.
+// Weights to bring near while a tile is computed: rows of `row_bytes`, one after the other, `count` times `step` bytes
+// at each step. In the order of the file, so that the processor's own prefetcher takes part.
 struct Ahead {
   const char* at = nullptr;
-  int64_t stride = 0, row_bytes = 0;
+  int64_t stride = 0, row_bytes = 0, step = 0;
   int count = 0;
 };
 
@@ -128,7 +139,7 @@ EF_INLINE void tile(const typename D::X* x, int64_t x_stride, const typename D::
     if constexpr (N > 1) {
       for (int i = 0; i < ahead.count; i++) {
         __builtin_prefetch(ahead.at + line, 0, 3);
-        line += 64;
+        line += ahead.step;
         if (line >= ahead.row_bytes) line = 0, ahead.at += ahead.stride;
       }
     }
@@ -186,53 +197,91 @@ EF_INLINE void stream_of(int64_t rows, const typename D::X* x, int64_t x_stride,
   }
 }
 
-// A panel of N weight rows (kTileColumns, or 1 at the end of a matrix) against all tokens; the next panel is brought
-// near meanwhile, spread over the tiles.
+// Where the weights lie that are wanted after those at hand: rows `stride` bytes apart. Null if that is not known.
+struct Upcoming {
+  const char* at = nullptr;
+  int64_t stride = 0;
+};
+
+EF_INLINE Upcoming rows_from(const Matrix& w, int64_t first) {
+  const int64_t stride = w.stride * (w.dtype == Dtype::f32 ? 4 : w.dtype == Dtype::i8 ? 1 : 2);
+  return {static_cast<const char*>(w.data) + first * stride, stride};
+}
+
+// A panel of N weight rows (kTileColumns, or 1 at the end of a matrix) against all tokens; of the panel that comes next,
+// `row_bytes` of each row are brought near meanwhile, spread over the tiles.
 template <class D, int N>
 void panel(const typename D::X* x, int64_t x_stride, int64_t rows, const typename D::W* w, int64_t w_stride,
-           int64_t length, bool add_to, typename D::Sum* c, int64_t ldc, const typename D::W* next) {
+           int64_t length, bool add_to, typename D::Sum* c, int64_t ldc, Upcoming next, int64_t row_bytes) {
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows, each = rows / tiles, longer = rows % tiles;
-  const int64_t stride_bytes = w_stride * static_cast<int64_t>(sizeof *w);
+  const int64_t step = D::kStep * row_bytes / length;
   int64_t m = 0, fetched = 0;
   for (int64_t t = 0; t < tiles; t++) {
     const int height = static_cast<int>(each + (t < longer));
-    const int64_t wanted = (t + 1) * N / tiles;  // rows of the next panel that this tile should have brought near
-    const Ahead ahead{reinterpret_cast<const char*>(next) + fetched * stride_bytes, stride_bytes,
-                      length * static_cast<int64_t>(sizeof *w), static_cast<int>(wanted - fetched)};
+    // Rows of the next panel that should be near after this tile.
+    const int64_t wanted = next.at ? (t + 1) * N / tiles : 0;
+    const Ahead ahead{next.at + fetched * next.stride, next.stride, row_bytes, step, static_cast<int>(wanted - fetched)};
     fetched = wanted;
     tile_of<D, N>(height, x + m * x_stride, x_stride, w, w_stride, length, add_to, c + m * ldc, ldc, ahead);
     m += height;
   }
 }
 
-// x [rows, K] · rows [0, columns) of w → c [rows, columns] at stride ldc; rows ≤ kMostRows.
+// A panel of int8 weights, widened once for all tokens, which is cheaper from the second tile of them on.
+template <class D>
+void widened_panel(const typename D::X* x, int64_t x_stride, int64_t rows, const typename D::W* w, int64_t w_stride,
+                   int64_t length, bool add_to, typename D::Sum* c, int64_t ldc, Upcoming next) {
+  using Wide = typename D::Wide;
+  static_assert(Wide::kStep == D::kStep && Wide::kBlock == D::kBlock, "the same sums in the same order");
+  constexpr int64_t stride = D::kBlock + 32;  // rows apart in the first-level cache
+  alignas(64) typename Wide::W wide[kTileColumns * stride];
+  for (int n = 0; n < kTileColumns; n++) {
+    const typename D::W* from = w + n * w_stride;
+    typename Wide::W* to = wide + n * stride;
+    int64_t k = 0;
+    for (; k + D::kStep <= length; k += D::kStep) D::store_w(to + k, D::load_w(from + k));
+    if (k < length) D::store_w(to + k, D::load_w_n(from + k, length - k));
+  }
+  panel<Wide, kTileColumns>(x, x_stride, rows, wide, stride, length, add_to, c, ldc, next, length);
+}
+
+// x [rows, K] · rows [0, columns) of w → c [rows, columns] at stride ldc; rows ≤ kMostRows. `after` follows `w`.
 template <class D>
 void product(const typename D::X* x, int64_t x_stride, int64_t rows, const typename D::W* w, int64_t w_stride,
-             int64_t columns, int64_t length, typename D::Sum* c, int64_t ldc) {
-  if (rows == 1 || (rows <= kStreamRows && rows * length * static_cast<int64_t>(sizeof *x) <= kStreamBytes)) {
+             int64_t columns, int64_t length, typename D::Sum* c, int64_t ldc, Upcoming after) {
+  constexpr bool widens = !std::is_same_v<D, typename D::Wide>;  // one chain of sums would take longer than reading
+  const int64_t size = sizeof *w, x_bytes = rows * length * static_cast<int64_t>(sizeof *x);
+  if (!widens && (rows == 1 || (rows <= kStreamRows && x_bytes <= kStreamBytes))) {
     stream_of<D, kStreamRows>(rows, x, x_stride, w, w_stride, columns, length, c, ldc);
     return;
   }
   for (int64_t k = 0; k < length; k += D::kBlock) {
     const int64_t part = smaller(D::kBlock, length - k);
+    const bool last_part = k + part == length;
     int64_t n = 0;
     for (; n + kTileColumns <= columns; n += kTileColumns) {
       const typename D::W* here = w + n * w_stride + k;
       const bool last = n + 2 * kTileColumns > columns;
-      const typename D::W* next = !last               ? here + kTileColumns * w_stride
-                                  : k + part < length ? w + k + part
-                                                      : w + columns * w_stride;
-      panel<D, kTileColumns>(x + k, x_stride, rows, here, w_stride, part, k > 0, c + n, ldc, next);
+      const Upcoming in_this{reinterpret_cast<const char*>(last ? w + k + part : here + kTileColumns * w_stride),
+                             w_stride * size};
+      const Upcoming next = last && last_part ? after : in_this;
+      if constexpr (widens) {
+        if (rows > kTileRows) {
+          widened_panel<D>(x + k, x_stride, rows, here, w_stride, part, k > 0, c + n, ldc, next);
+          continue;
+        }
+      }
+      panel<D, kTileColumns>(x + k, x_stride, rows, here, w_stride, part, k > 0, c + n, ldc, next, part * size);
     }
     for (; n < columns; n++)
-      panel<D, 1>(x + k, x_stride, rows, w + n * w_stride + k, w_stride, part, k > 0, c + n, ldc, w);
+      panel<D, 1>(x + k, x_stride, rows, w + n * w_stride + k, w_stride, part, k > 0, c + n, ldc, {}, 0);
   }
 }
 
 // Writes rows [first, first + count) of `w` times `rows` prepared tokens as floats: out [rows, count] at stride
-// `out_stride`. Needs `kMostRows · kMostColumns` sums of scratch.
+// `out_stride`. Needs `kMostRows · kMostColumns` sums of scratch. `after`: the weights of the next call, if known.
 void multiply(const Matrix& w, Input input, const Prepared& x, int64_t x_first, int64_t rows, int64_t first,
-              int64_t count, float* out, int64_t out_stride, void* scratch);
+              int64_t count, float* out, int64_t out_stride, void* scratch, Upcoming after);
 
 // One row of activations → as the product reads it.
 void prepare_row(Input input, const float* x, int64_t width, const Prepared& to, int64_t row);

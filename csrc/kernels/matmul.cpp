@@ -33,7 +33,8 @@ void prepare_rows(Worker& worker, const float* x, int64_t x_stride, const int32_
 }
 
 // h = silu(x · w1ᵀ) · (x · w3ᵀ) for a block of an expert's inner columns
-void swiglu_chunk(const Moe& a, const MoeSegment& segment, int64_t chunk, int64_t group_first, char* scratch) {
+void swiglu_chunk(const Moe& a, const MoeSegment& segment, int64_t chunk, int64_t group_first, char* scratch,
+                  Upcoming after) {
   const ExpertWeights& e = *segment.expert;
   const int64_t first = chunk * kMostColumns, count = smaller(kMostColumns, a.inner - first);
   float* gate = reinterpret_cast<float*>(scratch);
@@ -43,8 +44,9 @@ void swiglu_chunk(const Moe& a, const MoeSegment& segment, int64_t chunk, int64_
   for (int64_t b = 0; b < blocks.count; b++) {
     const int64_t from = segment.first + blocks.start(b), rows = segment.first + blocks.start(b + 1) - from;
     multiply(e.w1, e.input1, a.prepared[static_cast<int>(e.input1)], from, rows, first, count, gate, kMostColumns,
-             sums);
-    multiply(e.w3, e.input3, a.prepared[static_cast<int>(e.input3)], from, rows, first, count, up, kMostColumns, sums);
+             sums, rows_from(e.w3, first));
+    multiply(e.w3, e.input3, a.prepared[static_cast<int>(e.input3)], from, rows, first, count, up, kMostColumns, sums,
+             b + 1 < blocks.count ? rows_from(e.w1, first) : after);
     for (int64_t m = 0; m < rows; m++) {
       float* to = a.h + (from - group_first + m) * a.inner + first;
       const float *g = gate + m * kMostColumns, *u = up + m * kMostColumns;
@@ -60,32 +62,42 @@ void swiglu_chunk(const Moe& a, const MoeSegment& segment, int64_t chunk, int64_
   }
 }
 
-void down_chunk(const Moe& a, const MoeSegment& segment, int64_t chunk, int64_t group_first, char* scratch) {
+void down_chunk(const Moe& a, const MoeSegment& segment, int64_t chunk, int64_t group_first, char* scratch,
+                Upcoming after) {
   const ExpertWeights& e = *segment.expert;
   const int64_t first = chunk * kMostColumns, count = smaller(kMostColumns, a.width - first);
   const Blocks blocks(segment.count);
   for (int64_t b = 0; b < blocks.count; b++) {
     const int64_t from = segment.first + blocks.start(b), rows = segment.first + blocks.start(b + 1) - from;
     multiply(e.w2, e.input2, a.inner_prepared[static_cast<int>(e.input2)], from - group_first, rows, first, count,
-             a.parts + from * a.width + first, a.width, scratch);
+             a.parts + from * a.width + first, a.width, scratch,
+             b + 1 < blocks.count ? rows_from(e.w2, first) : after);
   }
 }
 
 void one_group(const Moe& a, int64_t group, Worker& worker, char* scratch) {
   const int64_t begin = a.group_starts[group], end = a.group_starts[group + 1];
   const int64_t first = a.segments[begin].first, slots = a.segments[end - 1].first + a.segments[end - 1].count - first;
-  int64_t item;
+  int64_t item, next;
 
   const int64_t inner_chunks = chunks_of(a.inner);
-  while (worker.next((end - begin) * inner_chunks, &item))
-    swiglu_chunk(a, a.segments[begin + item / inner_chunks], item % inner_chunks, first, scratch);
+  while (worker.next((end - begin) * inner_chunks, &item)) {
+    Upcoming after;
+    if (worker.peek((end - begin) * inner_chunks, &next))
+      after = rows_from(a.segments[begin + next / inner_chunks].expert->w1, next % inner_chunks * kMostColumns);
+    swiglu_chunk(a, a.segments[begin + item / inner_chunks], item % inner_chunks, first, scratch, after);
+  }
   worker.end_phase((end - begin) * inner_chunks);
 
   prepare_rows(worker, a.h, a.inner, nullptr, a.inner, 0, slots, a.inner_prepared);
 
   const int64_t chunks = chunks_of(a.width);
-  while (worker.next((end - begin) * chunks, &item))
-    down_chunk(a, a.segments[begin + item / chunks], item % chunks, first, scratch);
+  while (worker.next((end - begin) * chunks, &item)) {
+    Upcoming after;
+    if (worker.peek((end - begin) * chunks, &next))
+      after = rows_from(a.segments[begin + next / chunks].expert->w2, next % chunks * kMostColumns);
+    down_chunk(a, a.segments[begin + item / chunks], item % chunks, first, scratch, after);
+  }
   worker.end_phase((end - begin) * chunks);
 }
 
@@ -103,6 +115,23 @@ void combine(const Moe& a, int64_t token) {
   }
 }
 
+// Which matrix of a linear an item belongs to, its first row there, and its first column of the output.
+struct Chunk {
+  int which;
+  int64_t first, column;
+};
+
+Chunk chunk_of(const Linear& a, int64_t item) {
+  Chunk chunk{0, 0, 0};
+  for (; item >= chunks_of(a.weights[chunk.which].rows); chunk.which++) {
+    item -= chunks_of(a.weights[chunk.which].rows);
+    chunk.column += a.weights[chunk.which].rows;
+  }
+  chunk.first = item * kMostColumns;
+  chunk.column += chunk.first;
+  return chunk;
+}
+
 }  // namespace
 
 void linear(const Linear& a, Worker& worker) {
@@ -111,20 +140,22 @@ void linear(const Linear& a, Worker& worker) {
   int64_t items = 0;
   for (int i = 0; i < a.count; i++) items += chunks_of(a.weights[i].rows);
   const Blocks blocks(a.tokens);
-  int64_t item;
+  int64_t item, next;
   while (worker.next(items, &item)) {
-    int which = 0;
-    float* out = a.out;
-    for (; item >= chunks_of(a.weights[which].rows); which++) {
-      item -= chunks_of(a.weights[which].rows);
-      out += a.weights[which].rows;
+    const Chunk chunk = chunk_of(a, item);
+    Upcoming upcoming;
+    if (worker.peek(items, &next)) {
+      const Chunk other = chunk_of(a, next);
+      upcoming = rows_from(a.weights[other.which], other.first);
     }
+    const int which = chunk.which;
     const Matrix& w = a.weights[which];
-    const int64_t first = item * kMostColumns, count = smaller(kMostColumns, w.rows - first);
+    const int64_t first = chunk.first, count = smaller(kMostColumns, w.rows - first);
     for (int64_t b = 0; b < blocks.count; b++) {
       const int64_t from = blocks.start(b), rows = blocks.start(b + 1) - from;
       multiply(w, a.input[which], a.prepared[static_cast<int>(a.input[which])], from, rows, first, count,
-               out + from * a.out_stride + first, a.out_stride, scratch);
+               a.out + chunk.column + from * a.out_stride, a.out_stride, scratch,
+               b + 1 < blocks.count ? rows_from(w, first) : upcoming);
     }
   }
   worker.end_phase(items);

@@ -90,6 +90,12 @@ EF_INLINE __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u <
 EF_INLINE vi load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 EF_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
 EF_INLINE vf load_n(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+EF_INLINE vf load(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+EF_INLINE vf load_n(const int8_t* p, int64_t n) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), p)));
+}
 EF_INLINE vf widen_bf16(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
 EF_INLINE vf load(const bf16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 EF_INLINE vf load_n(const bf16* p, int64_t n) { return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
@@ -179,6 +185,13 @@ struct Pairs {
 };
 EF_INLINE Pairs load_pairs(const bf16* p) { return {_mm512_loadu_si512(p)}; }
 EF_INLINE Pairs load_pairs_n(const bf16* p, int64_t n) { return {_mm512_maskz_loadu_epi16((1u << n) - 1u, p)}; }
+// int8 is exact in bf16; 32 of them widened.
+EF_INLINE Pairs pairs_of(vf low, vf high) { return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low))}; }
+EF_INLINE Pairs load_pairs(const int8_t* p) { return pairs_of(load(p), load(p + VL)); }
+EF_INLINE Pairs load_pairs_n(const int8_t* p, int64_t n) {
+  return n < VL ? pairs_of(load_n(p, n), zero()) : pairs_of(load(p), load_n(p + VL, n - VL));
+}
+EF_INLINE void store_pairs(bf16* p, Pairs a) { _mm512_storeu_si512(p, a.v); }
 EF_INLINE Pairs set1_pair(const uint32_t* p) { return {_mm512_set1_epi32(static_cast<int>(*p))}; }
 EF_INLINE void dot_pairs(vf& acc, Pairs a, Pairs b) {
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a.v), "v"(b.v));

@@ -89,6 +89,7 @@ EF_INLINE uint16_t narrow(float x) {
   return (uint16_t)(sign | ((u + 0xfffu + (u >> 13 & 1u) - 0x38000000u) >> 13));
 }
 EF_INLINE vf load(const f16* p) { return vf{widen(p[0].bits), widen(p[1].bits), widen(p[2].bits), widen(p[3].bits)}; }
+EF_INLINE vf load(const int8_t* p) { return vf{(float)p[0], (float)p[1], (float)p[2], (float)p[3]}; }
 
 template <class T>
 EF_INLINE vf load_n(const T* p, int64_t n) {

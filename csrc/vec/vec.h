@@ -1,7 +1,7 @@
 // The vector abstraction: one header of the same small vocabulary per instruction set.
 //
 //   vf, vi           VL floats, VL int32
-//   load(p)          VL elements from any alignment, widened to fp32 from bf16 or fp16
+//   load(p)          VL elements from any alignment, widened to fp32 from bf16, fp16 or int8
 //   load_n(p, n)     the first n < VL of them, the others 0; reads nothing beyond
 //   store, store_n   the same way back, rounding to nearest even
 //   fma(a, b, c)     a · b + c (fused where the hardware fuses; the same everywhere within a variant)

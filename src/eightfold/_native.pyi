@@ -1,6 +1,7 @@
 """The CPU kernels (csrc/module.cpp): addresses and sizes in; `eightfold.ops.cpu` is the interface."""
 
-_Matrix = tuple[int, int, int, int, int, int]  # data, scales, rows, columns, stride, dtype code
+# data, scales, rows, columns, stride, dtype code, whether int8 takes float activations
+_Matrix = tuple[int, int, int, int, int, int, bool]
 _Strides = tuple[int, int, int]  # of page, head, position, in elements
 
 def known_isas() -> list[str]: ...

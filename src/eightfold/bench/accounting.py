@@ -68,9 +68,11 @@ _ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 def weight_format(scheme: str, dtype: str, stored: str | None = None) -> Format:
     """The format of matrices of a scheme under the compute dtype `dtype` ("bfloat16"); `stored` (the same if None) is
-    what floats are stored as. Products are bf16 where both are, else fp32."""
+    what floats are stored as. Products are bf16 where both are, else fp32; int8 weights fit either."""
     if scheme == "w8a8":
         return Format("int8", 1, 4)
+    if scheme == "w8a16":
+        return Format("bf16" if dtype == "bfloat16" else "fp32", 1, 4)
     stored = stored or dtype
     return Format("bf16" if dtype == stored == "bfloat16" else "fp32", _ELEMENT[stored])
 

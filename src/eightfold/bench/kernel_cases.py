@@ -79,7 +79,9 @@ class Cases:
 
     def all(self) -> list[Case]:
         """Linear layers and experts by scheme, attention by dtype of the pages, and the small operations."""
-        cases = [*self._linears("w8a8"), *self._linears("dense"), *self._moes("w8a8"), *self._moes("dense")]
+        schemes = ("w8a8", "w8a16", "dense")
+        cases = [case for scheme in schemes for case in self._linears(scheme)]
+        cases += [case for scheme in schemes for case in self._moes(scheme)]
         for dtype in (torch.bfloat16, torch.float32):
             cases += self._attentions(dtype)
         return cases + list(self._small())

@@ -30,9 +30,10 @@ MOST_COLUMNS = 131071  # more products of int8 could overflow an int32 sum
 MOST_MATRICES = 8
 POINTWISE = ("rms_norm", "rope_write_kv", "attention", "route")
 PRODUCTS = ("linear", "moe")
-SCHEMES = ("dense", "w8a8")
+INT8_SCHEMES = ("w8a8", "w8a16")
+SCHEMES = ("dense", *INT8_SCHEMES)
 
-_Matrix = tuple[int, int, int, int, int, int]
+_Matrix = tuple[int, int, int, int, int, int, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,11 +314,11 @@ def _unsupported(w: Weight) -> str | None:
 def _matrix(w: Weight, scales: list[Tensor]) -> _Matrix:
     """What the kernels need to know of `w`; its scales as fp32 are added to `scales`, which must outlive the kernel."""
     weight, scale = w.parts["weight"], 0
-    if w.scheme == "w8a8":
+    if w.scheme in INT8_SCHEMES:
         scales.append(w.parts["weight_scale"].reshape(-1).float().contiguous())
         scale = scales[-1].data_ptr()
-    code = INT8 if w.scheme == "w8a8" else FLOATS[weight.dtype]
-    return weight.data_ptr(), scale, weight.shape[0], weight.shape[1], weight.stride(0), code
+    code = INT8 if w.scheme in INT8_SCHEMES else FLOATS[weight.dtype]
+    return weight.data_ptr(), scale, weight.shape[0], weight.shape[1], weight.stride(0), code, w.scheme == "w8a16"
 
 
 def _unsupported_pages(pages: Pages) -> str | None:
