@@ -133,9 +133,17 @@ EF_INLINE void tile(const typename D::X* x, int64_t x_stride, const typename D::
     EF_UNROLL
     for (int n = 0; n < N; n++) acc[m][n] = D::start();
   }
-  const int64_t whole = length / D::kStep * D::kStep;
-  int64_t k = 0, line = 0;
-  for (; k < whole; k += D::kStep) {
+  // A few pointers and strides that the addresses of all rows are made of: there are registers for no more.
+  const int64_t w_row = w_stride * static_cast<int64_t>(sizeof *w), x_row = x_stride * static_cast<int64_t>(sizeof *x);
+  const typename D::W* w3 = w + 3 * w_stride;
+  const auto w_at = [&](int n) EF_LAMBDA {
+    return reinterpret_cast<const typename D::W*>(reinterpret_cast<const char*>(n < 3 ? w : w3) + n % 3 * w_row);
+  };
+  const auto x_at = [&](int m) EF_LAMBDA {
+    return reinterpret_cast<const typename D::X*>(reinterpret_cast<const char*>(x) + m * x_row);
+  };
+  int64_t left = length, line = 0;
+  for (; left >= D::kStep; left -= D::kStep) {
     if constexpr (N > 1) {
       for (int i = 0; i < ahead.count; i++) {
         __builtin_prefetch(ahead.at + line, 0, 3);
@@ -145,21 +153,22 @@ EF_INLINE void tile(const typename D::X* x, int64_t x_stride, const typename D::
     }
     typename D::WV wv[N];
     EF_UNROLL
-    for (int n = 0; n < N; n++) wv[n] = D::load_w(w + n * w_stride + k);
+    for (int n = 0; n < N; n++) wv[n] = D::load_w(w_at(n));
     EF_UNROLL
     for (int m = 0; m < M; m++) {
-      const typename D::XV xv = D::load_x(x + m * x_stride + k);
+      const typename D::XV xv = D::load_x(x_at(m));
       EF_UNROLL
       for (int n = 0; n < N; n++) D::dot(acc[m][n], xv, wv[n]);
     }
+    w += D::kStep, w3 += D::kStep, x += D::kStep;
   }
-  if (k < length) {
+  if (left > 0) {
     typename D::WV wv[N];
     EF_UNROLL
-    for (int n = 0; n < N; n++) wv[n] = D::load_w_n(w + n * w_stride + k, length - k);
+    for (int n = 0; n < N; n++) wv[n] = D::load_w_n(w_at(n), left);
     EF_UNROLL
     for (int m = 0; m < M; m++) {
-      const typename D::XV xv = D::load_x(x + m * x_stride + k);
+      const typename D::XV xv = D::load_x(x_at(m));
       EF_UNROLL
       for (int n = 0; n < N; n++) D::dot(acc[m][n], xv, wv[n]);
     }
