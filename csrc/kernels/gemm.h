@@ -5,7 +5,7 @@
 // happens to fall in, so a token's results are bitwise the same in any batch and on any number of threads.
 #pragma once
 
-#include <type_traits>
+#include <type_traits>  // types only: see vec/vec.h
 
 #include "core/kernels.h"
 #include "vec/vec.h"
@@ -18,7 +18,7 @@ constexpr int64_t kMostRows = 144;       // tokens that go through a block of we
 constexpr int64_t kMostColumns = 96;     // weights of an item of work: whole tiles, whole vectors
 
 // A kind of product: how activations X and weights W are loaded, multiplied and summed. `Wide` is the kind that int8
-// weights are widened to, a panel at a time, where many tokens share them; the kind itself where weights stay as they are.
+// weights of float activations are widened to, a panel at a time, where many tokens share them; else the kind itself.
 
 // fp32 activations; weights widened in registers.
 template <class T>
@@ -217,8 +217,8 @@ EF_INLINE Upcoming rows_from(const Matrix& w, int64_t first) {
   return {static_cast<const char*>(w.data) + first * stride, stride};
 }
 
-// A panel of N weight rows (kTileColumns, or 1 at the end of a matrix) against all tokens; of the panel that comes next,
-// `row_bytes` of each row are brought near meanwhile, spread over the tiles.
+// A panel of N weight rows (kTileColumns, or 1 at the end of a matrix) against all tokens; of the panel that comes
+// next, `row_bytes` of each row are brought near meanwhile, spread over the tiles.
 template <class D, int N>
 void panel(const typename D::X* x, int64_t x_stride, int64_t rows, const typename D::W* w, int64_t w_stride,
            int64_t length, bool add_to, typename D::Sum* c, int64_t ldc, Upcoming next, int64_t row_bytes) {
@@ -229,7 +229,8 @@ void panel(const typename D::X* x, int64_t x_stride, int64_t rows, const typenam
     const int height = static_cast<int>(each + (t < longer));
     // Rows of the next panel that should be near after this tile.
     const int64_t wanted = next.at ? (t + 1) * N / tiles : 0;
-    const Ahead ahead{next.at + fetched * next.stride, next.stride, row_bytes, step, static_cast<int>(wanted - fetched)};
+    const char* at = next.at + fetched * next.stride;
+    const Ahead ahead{at, next.stride, row_bytes, step, static_cast<int>(wanted - fetched)};
     fetched = wanted;
     tile_of<D, N>(height, x + m * x_stride, x_stride, w, w_stride, length, add_to, c + m * ldc, ldc, ahead);
     m += height;
@@ -258,7 +259,8 @@ void widened_panel(const typename D::X* x, int64_t x_stride, int64_t rows, const
 template <class D>
 void product(const typename D::X* x, int64_t x_stride, int64_t rows, const typename D::W* w, int64_t w_stride,
              int64_t columns, int64_t length, typename D::Sum* c, int64_t ldc, Upcoming after) {
-  constexpr bool widens = !std::is_same_v<D, typename D::Wide>;  // one chain of sums would take longer than reading
+  // Row by row there is one chain of sums, which for int8 that is widened takes longer than reading does.
+  constexpr bool widens = !std::is_same_v<D, typename D::Wide>;
   const int64_t size = sizeof *w, x_bytes = rows * length * static_cast<int64_t>(sizeof *x);
   if (!widens && (rows == 1 || (rows <= kStreamRows && x_bytes <= kStreamBytes))) {
     stream_of<D, kStreamRows>(rows, x, x_stride, w, w_stride, columns, length, c, ldc);
