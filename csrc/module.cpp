@@ -47,8 +47,8 @@ void rms_norm(Engine& engine, Address x, int64_t x_stride, Address residual, int
 }
 
 void rope_write(Engine& engine, Address qkv, int64_t qkv_stride, Address cos, Address sin, int64_t table_rows,
-                Address positions, Address slots, Address q, Address k, Address v, int kv_dtype,
-                const Strides& k_strides, const Strides& v_strides, int64_t tokens, int64_t heads, int64_t kv_heads,
+                Address positions, Address slots, Address q, Address k, Address v, Address k_scale,
+                Address v_scale, int kv_dtype, const Strides& k_strides, const Strides& v_strides, int64_t tokens, int64_t heads, int64_t kv_heads,
                 int64_t dim, int64_t pages, int64_t page_size, bool interleaved) {
   RopeWrite args{};
   args.qkv = pointer(qkv);
@@ -60,6 +60,8 @@ void rope_write(Engine& engine, Address qkv, int64_t qkv_stride, Address cos, Ad
   args.q = pointer(q);
   args.k = pointer<void>(k);
   args.v = pointer<void>(v);
+  args.k_scale = pointer(k_scale);
+  args.v_scale = pointer(v_scale);
   args.kv_dtype = dtype_of(kv_dtype);
   args.tokens = tokens;
   args.heads = heads;
@@ -72,8 +74,8 @@ void rope_write(Engine& engine, Address qkv, int64_t qkv_stride, Address cos, Ad
   engine.rope_write(args, table_rows, pages);
 }
 
-void attention(Engine& engine, Address q, Address out, Address k, Address v, int kv_dtype, const Strides& k_strides,
-               const Strides& v_strides, Address query_starts, Address kv_lens, Address page_table,
+void attention(Engine& engine, Address q, Address out, Address k, Address v, Address k_scale, Address v_scale,
+               int kv_dtype, const Strides& k_strides, const Strides& v_strides, Address query_starts, Address kv_lens, Address page_table,
                int64_t table_stride, int64_t tokens, int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim,
                int64_t pages, int64_t page_size, int64_t window, bool bf16_products) {
   Attention args{};
@@ -81,6 +83,8 @@ void attention(Engine& engine, Address q, Address out, Address k, Address v, int
   args.out = pointer(out);
   args.k = pointer<void>(k);
   args.v = pointer<void>(v);
+  args.k_scale = pointer(k_scale);
+  args.v_scale = pointer(v_scale);
   args.kv_dtype = dtype_of(kv_dtype);
   copy_strides(k_strides, args.k_strides);
   copy_strides(v_strides, args.v_strides);

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eightfold.ops import Batch, Expert, Ops, Pages, Rope, Weight
+from eightfold.ops import Batch, Expert, Ops, Pages, Rope, Weight, quantize_rows
 from eightfold.quant import get_scheme
 from eightfold.types import EightfoldError
 
@@ -22,6 +22,7 @@ from eightfold.ops.cpu import CpuOps  # noqa: E402
 
 ISAS = _native.available_isas()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KV_DTYPES = (*DTYPES, torch.int8)
 
 
 @pytest.fixture(autouse=True)
@@ -91,10 +92,25 @@ def batch_of(rows: Sequence[tuple[int, int]], size: int, seed: int = 0) -> tuple
 def fill(pages: Pages, batch: Batch, row: int, keys: Tensor, values: Tensor) -> None:
     """Writes [Hkv, positions, D] into the pages of a row."""
     size = pages.page_size
-    for position in range(keys.shape[1]):
-        page = int(batch.page_table[row, position // size])
-        pages.k[page, :, position % size] = keys[:, position].to(pages.k.dtype)
-        pages.v[page, :, position % size] = values[:, position].to(pages.v.dtype)
+    for part, scale, source in ((pages.k, pages.k_scale, keys), (pages.v, pages.v_scale, values)):
+        for position in range(source.shape[1]):
+            page, x = int(batch.page_table[row, position // size]), source[:, position]
+            if scale is not None:
+                x, scale[page, :, position % size] = quantize_rows(x)
+            part[page, :, position % size] = x.to(part.dtype)
+
+
+def fill_randomly(pages: Pages) -> None:
+    for part, scale in ((pages.k, pages.k_scale), (pages.v, pages.v_scale)):
+        if scale is None:
+            part.normal_()
+        else:
+            part.random_(-127, 128)
+            scale.uniform_(0.001, 0.03)
+
+
+def parts_of(pages: Pages) -> list[Tensor]:
+    return [part for part in (pages.k, pages.v, pages.k_scale, pages.v_scale) if part is not None]
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -297,7 +313,7 @@ def test_rms_norm(isa: str) -> None:
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("kv_dtype", DTYPES)
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_rope_write_kv_is_exactly_the_reference(isa: str, kv_dtype: torch.dtype, interleaved: bool) -> None:
     ops, reference = CpuOps(threads=2, isa=isa), Ops()
     for heads, kv_heads, dim, size in ((4, 2, 64, 16), (3, 3, 18, 5)):
@@ -307,45 +323,88 @@ def test_rope_write_kv_is_exactly_the_reference(isa: str, kv_dtype: torch.dtype,
         qkv = torch.randn(36, (heads + 2 * kv_heads) * dim) * 100
         qkv[0] = 1e-7  # subnormal in fp16
         qkv[1] = 1e5  # too large for it
+        qkv[2] = 0
+        qkv[3] = 1e-33
+        if kv_dtype == torch.int8:
+            qkv[4, heads * dim] = math.nan  # a key
+            qkv[5, -1] = -math.inf  # a value
         first, second = (reference.new_pages(count, size, kv_heads, dim, kv_dtype) for _ in range(2))
         for pages in (first, second):
-            pages.k.zero_()
-            pages.v.zero_()
+            for part in parts_of(pages):
+                part.zero_()
         got, want = ops.rope_write_kv(qkv, rope, batch, first), reference.rope_write_kv(qkv, rope, batch, second)
         assert torch.equal(got, want)
-        assert torch.equal(first.k, second.k)
-        assert torch.equal(first.v, second.v)
+        for mine, theirs in zip(parts_of(first), parts_of(second), strict=True):
+            assert torch.equal(mine.nan_to_num(-1.0), theirs.nan_to_num(-1.0))
+        if first.k_scale is not None and first.v_scale is not None:
+            assert torch.equal(first.k_scale.isnan(), first.v_scale.isnan())
+            assert int(first.k_scale.isnan().sum()) == 2
+
+
+def test_int8_rows_are_within_half_a_step() -> None:
+    x = torch.randn(50, 3, 24) * torch.logspace(-20, 20, 50)[:, None, None]
+    x[7], x[8, 1], x[9, 2, 5], x[10, 0, 1] = 0, 1e-31, math.nan, -math.inf
+    q, scale = quantize_rows(x)
+    bad = scale.isnan()
+    assert bad.nonzero().tolist() == [[9, 2], [10, 0]]
+    assert not q[bad].any() and not scale[7].any() and scale[8, 1] == 0
+    good = ~bad & (x.abs().amax(-1) > 1e-30)
+    off = (q.double() * scale.double()[..., None] - x.double()).abs() / scale.double()[..., None]
+    assert float(off[good].max()) <= 0.5 + 1e-4
+    assert torch.equal(q.abs().amax(-1)[good], torch.full((int(good.sum()),), 127, dtype=torch.int8))
 
 
 ATTENTION_ROWS = [(1, 1), (5, 5), (1, 130), (70, 200), (3, 1100), (1, 2050)]
 
 
 @pytest.mark.parametrize("window", [None, 37, 1500])
-@pytest.mark.parametrize("kv_dtype", DTYPES)
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_attention(isa: str, kv_dtype: torch.dtype, window: int | None) -> None:
     reference = Ops()
     for heads, kv_heads, dim, size in ((8, 2, 64, 16), (5, 5, 18, 7), (6, 1, 128, 64)):
         batch, count = batch_of(ATTENTION_ROWS, size)
         pages = reference.new_pages(count, size, kv_heads, dim, kv_dtype)
-        pages.k.normal_()
-        pages.v.normal_()
+        fill_randomly(pages)
         q = torch.randn(len(batch.positions), heads, dim)
         want = reference.attention(q, batch, pages, window)
-        for dtype, bound in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2)):
+        for dtype in (torch.float32, torch.bfloat16):
+            # Only bf16 arithmetic may round queries and probabilities: to bf16, or over int8 to 16-bit integers.
+            bound = {torch.bfloat16: 1e-2, torch.int8: 1e-4}.get(kv_dtype, 2e-6) if dtype == torch.bfloat16 else 2e-6
             got = CpuOps(dtype, threads=2, isa=isa).attention(q, batch, pages, window)
-            assert error(got, want) < (bound if kv_dtype == torch.bfloat16 else 2e-6)
+            assert error(got, want) < bound
 
 
-def test_attention_reads_nothing_beyond_a_row(isa: str) -> None:
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8])
+def test_attention_reads_nothing_beyond_a_row(isa: str, kv_dtype: torch.dtype) -> None:
     """Pages are not cleared: what lies behind the last position may be anything."""
     ops = CpuOps(torch.bfloat16, threads=1, isa=isa)
-    batch, count = batch_of([(3, 21), (1, 70)], 16)
-    pages = ops.new_pages(count, 16, 2, 32, torch.bfloat16)
-    pages.k.fill_(math.nan)
-    pages.v.fill_(math.nan)
-    for row, length in enumerate((21, 70)):
-        fill(pages, batch, row, torch.randn(2, length, 32), torch.randn(2, length, 32))
-    assert bool(ops.attention(torch.randn(4, 4, 32), batch, pages).isfinite().all())
+    for new in (3, 20):  # a single tile of query rows, and several
+        batch, count = batch_of([(new, 21), (1, 70)], 16)
+        pages = ops.new_pages(count, 16, 2, 32, kv_dtype)
+        for part in parts_of(pages):
+            part.fill_(math.nan if part.is_floating_point() else 77)
+        for row, length in enumerate((21, 70)):
+            fill(pages, batch, row, torch.randn(2, length, 32), torch.randn(2, length, 32))
+        out = ops.attention(torch.randn(new + 1, 4, 32), batch, pages)
+        assert bool(out.isfinite().all())
+
+
+@pytest.mark.parametrize("device", ["cpu", "torch"])
+@pytest.mark.parametrize("what", ["query", "key", "value"])
+def test_int8_pages_do_not_hide_numbers_that_are_not_finite(isa: str, device: str, what: str) -> None:
+    """Rows that see the bad token get NaN; what came before it, and the other row, do not."""
+    heads, kv_heads, dim = 4, 2, 16
+    for dtype in (torch.float32, torch.bfloat16):
+        ops = CpuOps(dtype, threads=1, isa=isa) if device == "cpu" else Ops(dtype)
+        for bad in (math.nan, math.inf):
+            batch, count = batch_of([(5, 5), (5, 5)], 4)
+            pages = ops.new_pages(count, 4, kv_heads, dim, torch.int8)
+            qkv = torch.randn(10, (heads + 2 * kv_heads) * dim)
+            qkv[4, {"query": 0, "key": heads, "value": heads + kv_heads}[what] * dim] = bad
+            q = ops.rope_write_kv(qkv, Rope(torch.ones(8, dim // 2), torch.zeros(8, dim // 2)), batch, pages)
+            out = ops.attention(q, batch, pages).view(10, heads, dim)
+            assert bool(out[4, 0].isnan().all()) and bool(out[4, 2:].isfinite().all())
+            assert bool(out[5:].isfinite().all())
 
 
 def test_attention_with_large_scores(isa: str) -> None:
@@ -410,7 +469,15 @@ def test_products_do_not_depend_on_the_batch(isa: str, scheme: str, dtype: torch
 
 
 @pytest.mark.parametrize("window", [None, 150])
-@pytest.mark.parametrize(("dtype", "kv_dtype"), [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.int8),
+        (torch.bfloat16, torch.int8),
+    ],
+)
 def test_attention_does_not_depend_on_the_batch(
     isa: str, dtype: torch.dtype, kv_dtype: torch.dtype, window: int | None
 ) -> None:
@@ -427,10 +494,13 @@ def test_attention_does_not_depend_on_the_batch(
         pages = ops.new_pages(count, size, kv_heads, dim, kv_dtype)
         for row, (_, end) in enumerate(rows):
             pages_of_row = batch.page_table[row, : -(-end // size)].long()
-            for stored, source in ((pages.k, keys), (pages.v, values)):
+            for stored, scale, source in ((pages.k, pages.k_scale, keys), (pages.v, pages.v_scale, values)):
                 padded = torch.zeros(kv_heads, len(pages_of_row) * size, dim)
                 padded[:, :end] = source[:, :end]
-                stored[pages_of_row] = padded.view(kv_heads, -1, size, dim).transpose(0, 1).to(kv_dtype)
+                by_page = padded.view(kv_heads, -1, size, dim).transpose(0, 1)
+                if scale is not None:
+                    by_page, scale[pages_of_row] = quantize_rows(by_page)
+                stored[pages_of_row] = by_page.to(kv_dtype)
         out = ops.attention(q[batch.positions.long()], batch, pages, window)
         return dict(zip(batch.positions.tolist(), out, strict=True))
 
@@ -556,6 +626,9 @@ def test_numbers_that_kernels_would_follow_out_of_memory_are_refused() -> None:
         ops.rope_write_kv(qkv, Rope(rope.cos[:1], rope.sin[:1]), batch, pages)
     with pytest.raises(ValueError, match="page"):
         ops.attention(torch.zeros(2, 1, 4), batch, Pages(pages.k[:0], pages.v[:0]))
+    narrow = ops.new_pages(count, 4, 1, 4, torch.int8)
+    with pytest.raises(EightfoldError, match=r"int8 pages need fp32 scales of shape \[4, 1, 4\]"):
+        ops.attention(torch.zeros(2, 1, 4), batch, Pages(narrow.k, narrow.v, narrow.k_scale))
     layer = ops.prepare_experts(experts(2, 4, 4, "dense"))
     with pytest.raises(ValueError, match="expert"):
         ops.moe(torch.zeros(1, 4), torch.tensor([[5]]), torch.ones(1, 1), layer)

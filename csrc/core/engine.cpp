@@ -110,8 +110,8 @@ void Engine::attention(Attention args, int64_t pages) {
   args.split = few && segments > 1 && pool_.threads() > 1 ? segments : 0;
   std::lock_guard<std::mutex> lock(pool_.mutex());
   if (args.split) {
-    const int64_t width = round_up(args.dim, 16) + 16;
-    args.partial = reinterpret_cast<float*>(pool_.shared(0, args.tokens * args.heads * args.split * width * 4));
+    const int64_t floats = args.tokens * args.heads * args.split * partial_stride(args.dim);
+    args.partial = reinterpret_cast<float*>(pool_.shared(0, floats * 4));
   }
   eightfold::run(pool_, kernels_->attention, args, work * args.dim < 4 * kSmall);
 }

@@ -31,6 +31,7 @@ struct RopeWrite {
   Dtype kv_dtype;
   int64_t tokens, heads, kv_heads, dim, page_size;
   int64_t k_strides[3], v_strides[3];  // of page, head, position; in elements
+  float *k_scale, *v_scale;            // int8 only: [pages, kv_heads, page_size]
   bool interleaved;
 };
 
@@ -42,14 +43,18 @@ struct Attention {
   const int32_t *query_starts, *kv_lens, *page_table;
   int64_t tokens, rows, table_stride, heads, kv_heads, dim, page_size;
   int64_t k_strides[3], v_strides[3];
+  const float *k_scale, *v_scale;  // int8 only: [pages, kv_heads, page_size]
   int64_t window;      // 0: no limit
   bool bf16_products;  // the compute dtype is bf16: q and the probabilities may be rounded to it
   // The plan, made once by the caller:
   const int64_t* item_starts;  // [rows + 1] first item of each row; an item is a chunk of its tokens for one KV head
   int64_t chunk;               // tokens of an item
   int64_t split;               // segments of the longest row if they are items of their own, else 0
-  float* partial;              // split: [tokens, heads, split, dim + 2]
+  float* partial;              // split: [tokens, heads, split, partial_stride(dim)]
 };
+
+// Floats of a segment's result: maximum, weight, and from the 16th on the elements in whole groups of vectors.
+constexpr int64_t partial_stride(int64_t dim) { return 16 + round_up(dim, 64); }
 
 struct Route {
   const float* x;

@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "kernels/attention.h"
+#include "kernels/attention_int8.h"
 
 namespace eightfold::EIGHTFOLD_ISA {
 namespace {
@@ -32,14 +33,16 @@ Work<P> lay_out(const Attention& a, Worker& worker) {
   const int64_t rows = a.chunk * (a.heads / a.kv_heads), tiles = (rows + kTileQueries - 1) / kTileQueries;
   w.dim = a.dim;
   w.steps = round_up((a.dim + P::kPer - 1) / P::kPer, VL);
-  w.padded = round_up(a.dim, VL);
+  w.padded = round_up(a.dim, P::kOrder * VL);
   const int64_t sizes[] = {w.steps * kKvBlock,
                            kKvBlock / P::kPer * w.padded,
-                           tiles * w.steps * kTileQueries,
-                           kTileQueries * kKvBlock,
+                           tiles * w.steps * kTileQueries * P::kParts,
+                           kTileQueries * P::kParts * kKvBlock / P::kPer,
+                           rows * P::kParts,
                            kTileQueries * kKvBlock,
                            rows * w.padded,
                            rows * w.padded,
+                           rows,
                            rows,
                            rows,
                            rows,
@@ -51,8 +54,10 @@ Work<P> lay_out(const Attention& a, Worker& worker) {
   w.values = reinterpret_cast<Lane*>(carve(at, sizes[1]));
   w.queries = reinterpret_cast<Lane*>(carve(at, sizes[2]));
   w.probabilities = reinterpret_cast<Lane*>(carve(at, sizes[3]));
-  float** const floats[] = {&w.scores, &w.out, &w.total, &w.most, &w.weight, &w.total_most, &w.total_weight};
-  for (int i = 0; i < 7; i++) *floats[i] = reinterpret_cast<float*>(carve(at, sizes[4 + i]));
+  w.query_bias = reinterpret_cast<int32_t*>(carve(at, sizes[4]));
+  float** const floats[] = {&w.scores,     &w.out,          &w.total,       &w.most, &w.weight,
+                            &w.total_most, &w.total_weight, &w.query_factor};
+  for (int i = 0; i < 8; i++) *floats[i] = reinterpret_cast<float*>(carve(at, sizes[5 + i]));
   return w;
 }
 
@@ -61,14 +66,14 @@ void pack_queries(const Attention& a, const Item& item, Work<P>& w) {
   const int64_t group = a.heads / a.kv_heads, rows = item.tokens * group;
   for (int64_t i = 0; i < rows; i++) {
     const float* q = a.q + ((item.token + i / group) * a.heads + item.head * group + i % group) * a.dim;
-    auto* to = w.queries + i / kTileQueries * w.steps * kTileQueries + i % kTileQueries;
-    for (int64_t s = 0; s < w.steps; s++) P::put(to + s * kTileQueries, q + s * P::kPer, a.dim - s * P::kPer);
+    auto* tile = w.queries + i / kTileQueries * w.steps * kTileQueries * P::kParts;
+    P::put_query(w, i, q, tile + i % kTileQueries * P::kParts);
   }
 }
 
 // Where the keys and values of a block lie; those from `end` on do not exist.
 template <class T>
-void find_rows(const Attention& a, const Item& item, int64_t block, int64_t end, const T** keys, const T** values) {
+void find_rows(const Attention& a, const Item& item, int64_t block, int64_t end, Rows<T>& rows) {
   const int32_t* table = a.page_table + item.row * a.table_stride;
   int64_t page = block * kKvBlock / a.page_size, slot = block * kKvBlock % a.page_size;
   const int64_t count = larger<int64_t>(0, smaller(kKvBlock, end - block * kKvBlock));
@@ -78,13 +83,29 @@ void find_rows(const Attention& a, const Item& item, int64_t block, int64_t end,
     const T* key = k + table[page] * a.k_strides[0] + slot * a.k_strides[2];
     const T* value = v + table[page] * a.v_strides[0] + slot * a.v_strides[2];
     for (const int64_t end_of_page = smaller(count, j + a.page_size - slot); j < end_of_page; j++) {
-      keys[j] = key;
-      values[j] = value;
+      rows.keys[j] = key;
+      rows.values[j] = value;
       key += a.k_strides[2];
       value += a.v_strides[2];
     }
   }
-  for (int64_t j = count; j < kKvBlock; j++) keys[j] = values[j] = nullptr;
+  rows.count = count;
+  for (int64_t j = count; j < kKvBlock; j++) rows.keys[j] = rows.keys[0], rows.values[j] = rows.values[0];
+}
+
+// The scales of a block's positions side by side.
+void find_scales(const Attention& a, const Item& item, int64_t block, int64_t end, float* keys, float* values) {
+  const int32_t* table = a.page_table + item.row * a.table_stride;
+  int64_t page = block * kKvBlock / a.page_size, slot = block * kKvBlock % a.page_size;
+  const int64_t count = smaller(kKvBlock, end - block * kKvBlock);
+  for (int64_t j = 0; j < count; page++, slot = 0) {
+    const int64_t at = (table[page] * a.kv_heads + item.head) * a.page_size + slot;
+    const int64_t run = smaller(count - j, a.page_size - slot);
+    std::memcpy(keys + j, a.k_scale + at, static_cast<size_t>(run) * sizeof(float));
+    std::memcpy(values + j, a.v_scale + at, static_cast<size_t>(run) * sizeof(float));
+    j += run;
+  }
+  for (int64_t j = count; j < kKvBlock; j++) keys[j] = values[j] = 0.f;
 }
 
 // Scores of positions that a query row may not see: ahead of it, or further back than the window.
@@ -107,11 +128,11 @@ struct Hide {
 };
 
 template <class P, int M = kTileQueries>
-void block_tile_of(int rows, Work<P>& w, int64_t first, float scale, const Hide<P>& hide) {
+void block_tile_of(int rows, Work<P>& w, int64_t first, bool packed, float scale, const Hide<P>& hide) {
   if (rows == M) {
-    block_tile<P, M>(w, first, scale, hide);
+    block_tile<P, M>(w, first, packed, scale, hide);
   } else if constexpr (M > 1) {
-    block_tile_of<P, M - 1>(rows, w, first, scale, hide);
+    block_tile_of<P, M - 1>(rows, w, first, packed, scale, hide);
   }
 }
 
@@ -119,10 +140,18 @@ template <class P>
 void visit_block(const Attention& a, const Item& item, int64_t block, float scale, Work<P>& w) {
   const int64_t group = a.heads / a.kv_heads, rows = item.tokens * group, begin = block * kKvBlock;
   const int64_t end = item.position + item.tokens;
-  find_rows(a, item, block, end, w.key_rows, w.value_rows);
-  find_rows(a, item, block + 1, end, w.next_keys, w.next_values);
-  pack_keys(w);
-  pack_values(w);
+  while (w.found < block + kAhead) {
+    w.found++;
+    find_rows(a, item, w.found, end, w.rows[w.found % (kAhead + 1)]);
+  }
+  w.block = w.rows + block % (kAhead + 1);
+  w.next = w.rows + (block + kAhead) % (kAhead + 1);
+  if (P::kScaled) find_scales(a, item, block, end, w.key_scales, w.value_scales);
+  const bool packed = rows > kTileQueries;
+  if (packed) {
+    pack_keys(w);
+    pack_values(w);
+  }
   for (int64_t first = 0; first < rows; first += kTileQueries) {
     const int64_t count = smaller<int64_t>(kTileQueries, rows - first);
     const int64_t own_first = item.position + first / group, own_last = item.position + (first + count - 1) / group;
@@ -130,7 +159,7 @@ void visit_block(const Attention& a, const Item& item, int64_t block, float scal
     if (a.window && begin + kKvBlock <= own_first - a.window + 1) continue;
     const bool all = begin + kKvBlock - 1 <= own_first && (!a.window || begin > own_last - a.window);
     const Hide<P> hide{a, w, group, first, item.position, block, all};
-    block_tile_of<P>(static_cast<int>(count), w, first, scale, hide);
+    block_tile_of<P>(static_cast<int>(count), w, first, packed, scale, hide);
   }
 }
 
@@ -150,10 +179,19 @@ void merge(float* total, float& total_most, float& total_weight, const float* pa
   total_most = now;
 }
 
+// Divides by the weight and writes the elements in their order.
+template <class P>
 void finish(const float* total, float weight, int64_t dim, float* out) {
   const vf by = set1(weight);
-  for (int64_t d = 0; d < dim; d += VL)  // adding 0 turns -0 into 0, the one thing that a skipped block could change
-    store_n(out + d, add(div(load(total + d), by), zero()), smaller<int64_t>(VL, dim - d));
+  for (int64_t d = 0; d < dim; d += P::kOrder * VL) {
+    vf v[P::kOrder];
+    EF_UNROLL
+    for (int i = 0; i < P::kOrder; i++)
+      v[i] = add(div(load(total + d + i * VL), by), zero());  // 0 for -0, the one thing a skipped block could change
+    P::in_order(v);
+    for (int i = 0; i < P::kOrder && d + i * VL < dim; i++)
+      store_n(out + d + i * VL, v[i], smaller<int64_t>(VL, dim - d - i * VL));
+  }
 }
 
 template <class P>
@@ -161,8 +199,6 @@ void clear(Work<P>& w, float* out, float* most, float* weight, int64_t rows) {
   std::memset(out, 0, static_cast<size_t>(rows * w.padded) * sizeof(float));
   for (int64_t i = 0; i < rows; i++) most[i] = kNothing, weight[i] = 0.f;
 }
-
-int64_t partial_stride(const Attention& a) { return round_up(a.dim, 16) + 16; }
 
 template <class P>
 void run_item(const Attention& a, const Item& item, Work<P>& w) {
@@ -172,6 +208,7 @@ void run_item(const Attention& a, const Item& item, Work<P>& w) {
   const float scale = 1.44269504f / std::sqrt(static_cast<float>(a.dim));
   constexpr int64_t blocks = kSegment / kKvBlock;
   pack_queries(a, item, w);
+  w.found = larger(item.segment_begin * blocks, from / kKvBlock) - 1;
   clear(w, w.total, w.total_most, w.total_weight, rows);
   for (int64_t segment = larger(item.segment_begin, from / kSegment);
        segment < smaller(item.segment_end, last / kSegment + 1); segment++) {
@@ -186,10 +223,10 @@ void run_item(const Attention& a, const Item& item, Work<P>& w) {
   for (int64_t i = 0; i < rows; i++) {
     const int64_t at = (item.token + i / group) * a.heads + item.head * group + i % group;
     if (!item.partial) {
-      finish(w.total + i * w.padded, w.total_weight[i], a.dim, a.out + at * a.dim);
+      finish<P>(w.total + i * w.padded, w.total_weight[i], a.dim, a.out + at * a.dim);
       continue;
     }
-    float* to = a.partial + (at * a.split + item.segment_begin) * partial_stride(a);
+    float* to = a.partial + (at * a.split + item.segment_begin) * partial_stride(a.dim);
     to[0] = w.total_most[i];
     to[1] = w.total_weight[i];
     std::memcpy(to + 16, w.total + i * w.padded, static_cast<size_t>(w.padded) * sizeof(float));
@@ -218,15 +255,16 @@ Item find_item(const Attention& a, int64_t number) {
   return item;
 }
 
+template <class P>
 void merge_partials(const Attention& a, int64_t at, float* total) {
-  const int64_t width = round_up(a.dim, 16), stride = partial_stride(a);
+  const int64_t width = round_up(a.dim, P::kOrder * VL), stride = partial_stride(a.dim);
   float most = kNothing, weight = 0.f;
   std::memset(total, 0, static_cast<size_t>(width) * sizeof(float));
   for (int64_t s = 0; s < a.split; s++) {
     const float* part = a.partial + (at * a.split + s) * stride;
-    merge(total, most, weight, part + 16, part[0], part[1], round_up(a.dim, VL));
+    merge(total, most, weight, part + 16, part[0], part[1], width);
   }
-  finish(total, weight, a.dim, a.out + at * a.dim);
+  finish<P>(total, weight, a.dim, a.out + at * a.dim);
 }
 
 template <class P>
@@ -245,7 +283,7 @@ void all_items(const Attention& a, Worker& worker) {
   worker.end_phase(items);
   if (!a.split) return;
   int64_t at;
-  while (worker.next(a.tokens * a.heads, &at)) merge_partials(a, at, w.total);
+  while (worker.next(a.tokens * a.heads, &at)) merge_partials<P>(a, at, w.total);
   worker.end_phase(a.tokens * a.heads);
 }
 
@@ -254,6 +292,8 @@ void all_items(const Attention& a, Worker& worker) {
 void attention(const Attention& a, Worker& worker) {
 #if EIGHTFOLD_LEVEL >= 3
   if (a.kv_dtype == Dtype::bf16 && a.bf16_products) return all_items<PairProducts>(a, worker);
+  if (a.kv_dtype == Dtype::i8 && a.bf16_products && a.dim <= QuadProducts::kMostElements)
+    return all_items<QuadProducts>(a, worker);
 #endif
   switch (a.kv_dtype) {
     case Dtype::f32:
@@ -263,7 +303,7 @@ void attention(const Attention& a, Worker& worker) {
     case Dtype::f16:
       return all_items<FloatProducts<f16>>(a, worker);
     case Dtype::i8:
-      return;
+      return all_items<FloatProducts<int8_t>>(a, worker);
   }
 }
 

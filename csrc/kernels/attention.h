@@ -1,8 +1,11 @@
 // The inner kernels of attention: a block of 64 positions against a tile of query rows.
 //
-// Keys are packed so that a vector holds one element (or one pair of bf16) of VL positions: a score is then summed over
-// the head's elements in order, and an output over positions in order, whatever else is in the tile. Prefill and decode
-// run the same code, which is what makes a token's bits independent of how its prompt was cut.
+// A vector holds one element (a pair of bf16, a quad of int8) of VL positions: a score is then summed over the head's
+// elements in order, and an output over positions in order, whatever else is in the tile. Blocks that many rows share are
+// packed that way in memory, those of a single tile in registers; either way the same operations follow each other,
+// which is what makes a token's bits independent of how its prompt was cut.
+//
+// How keys and values are multiplied is a policy P: FloatProducts and PairProducts here, QuadProducts in attention_int8.h.
 #pragma once
 
 #include "core/kernels.h"
@@ -12,76 +15,133 @@ namespace eightfold::EIGHTFOLD_ISA {
 
 constexpr int kTileQueries = VL == 16 ? 6 : 4;   // query rows of a tile
 constexpr int kScoreVectors = VL == 16 ? 4 : 2;  // vectors of positions, and of output elements, in a register tile
+constexpr int kAhead = 1;                        // blocks between the one that is fetched and the one in use
 constexpr float kNothing = -1e30f;               // maximum of no scores; finite, so that differences stay defined
+
+template <class T>
+EF_INLINE vf load_part(const T* p, int64_t n) {  // the first n elements, as far as they fit
+  return n >= VL ? load(p) : load_n(p, larger<int64_t>(0, n));
+}
+
+// Where the keys and values of a block lie. Positions that do not exist stand at the first one's place: their scores
+// are hidden, so that only their being readable matters.
+template <class T>
+struct Rows {
+  int64_t count;
+  const T *keys[kKvBlock], *values[kKvBlock];
+};
+
+// What a thread keeps of a block of positions and of its query rows. A row of queries or probabilities is P::kParts
+// rows of lanes.
+template <class P>
+struct Work {
+  using Lane = typename P::Lane;
+  int64_t dim, steps, padded;  // steps: of kPer elements, in whole vectors; padded: dim in whole groups of vectors
+  Lane* keys;                  // [steps, 64]
+  Lane* values;                // [64 / kPer, padded]
+  Lane* queries;               // [tiles, steps, kTileQueries · kParts]
+  Lane* probabilities;         // [kTileQueries · kParts, 64 / kPer]
+  float* scores;               // [kTileQueries, 64]
+  float* out;                  // [rows, padded] of the segment, elements as P::in_order finds them
+  float* total;                // [rows, padded] of all segments before
+  float *most, *weight;        // [rows] running maximum and sum of the segment
+  float *total_most, *total_weight;
+  float* query_factor;                                     // QuadProducts: [rows] of the queries' integers
+  int32_t* query_bias;                                     // QuadProducts: [rows, kParts]
+  float probability_factor[VL];                            // QuadProducts: of a tile's probabilities
+  float key_scales[kKvBlock], value_scales[kKvBlock];      // of int8; 0 where there is no position
+  Rows<typename P::Stored> rows[kAhead + 1];               // of a block at its number modulo the length
+  int64_t found;                                           // the last block in `rows`
+  const Rows<typename P::Stored>* block;                   // the one in use
+  const Rows<typename P::Stored>* next;                    // the one to be fetched
+};
 
 // Products in fp32 over keys and values of type T.
 template <class T>
 struct FloatProducts {
   using Stored = T;
-  static constexpr int64_t kPer = 1;  // elements of a step
   using Lane = float;
-  static EF_INLINE vf load_key(const T* p, int64_t n) { return load_n(p, larger<int64_t>(0, smaller<int64_t>(n, VL))); }
-  static EF_INLINE vf load_values(const T* p, const T*, int64_t n) { return load_n(p, smaller<int64_t>(n, VL)); }
-  static EF_INLINE void put(Lane* to, const float* x, int64_t n) { *to = n > 0 ? x[0] : 0.f; }
-  static EF_INLINE void put_probabilities(Lane* to, vf p, vf) { store(to, p); }
-  static EF_INLINE void dot(vf& acc, const Lane* one, vf many) { acc = fma(set1(*one), many, acc); }
+  using Sum = vf;
+  static constexpr int kPer = 1;                   // elements, or positions, of a lane
+  static constexpr int kParts = 1;                 // lanes that make up a query's or probability's value
+  static constexpr int kGroup = 1, kOrder = 1;     // vectors of values loaded together; put in order together
+  static constexpr bool kScaled = sizeof(T) == 1;  // int8: times a scale of the position
+  static EF_INLINE vf load_key(const T* p, int64_t n) { return load_part(p, n); }
+  static EF_INLINE void load_values(const T* const* rows, int64_t v, int64_t dim, vf* many) {
+    many[0] = load_part(rows[0] + v * VL, dim - v * VL);
+  }
+  template <class W>
+  static EF_INLINE void put_query(const W& w, int64_t, const float* q, Lane* to) {
+    for (int64_t s = 0; s < w.steps; s++) to[s * kTileQueries] = s < w.dim ? q[s] : 0.f;
+  }
+  static EF_INLINE void put_probabilities(Lane* to, vf first, vf second) {
+    store(to, first);
+    store(to + VL, second);
+  }
+  template <class W>
+  static EF_INLINE Sum start(const W&, int64_t, int) {
+    return zero();
+  }
+  static EF_INLINE void dot_key(Sum& acc, const Lane* one, vf many) { acc = fma(set1(*one), many, acc); }
+  static EF_INLINE void dot_value(Sum& acc, const Lane* one, vf many) { acc = fma(set1(*one), many, acc); }
+  template <class W>
+  static EF_INLINE vf score(const W& w, int64_t, const Sum* acc, int64_t j) {
+    return kScaled ? mul(acc[0], load(w.key_scales + j)) : acc[0];
+  }
+  static EF_INLINE void in_order(vf*) {}
 };
 
 #if EIGHTFOLD_LEVEL >= 3
 // Products of bf16 pairs with fp32 sums.
 struct PairProducts {
   using Stored = bf16;
-  static constexpr int64_t kPer = 2;
   using Lane = uint32_t;
-  static EF_INLINE vf load_key(const bf16* p, int64_t n) {
-    const __mmask32 mask = n >= 32 ? ~0u : n > 0 ? (1u << n) - 1u : 0u;
-    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p));
+  using Sum = vf;
+  static constexpr int kPer = 2, kParts = 1, kGroup = 2, kOrder = 2;
+  static constexpr bool kScaled = false;
+  static EF_INLINE __m512i load_32(const bf16* p, int64_t n) {
+    return _mm512_maskz_loadu_epi16(n >= 32 ? ~0u : n > 0 ? (1u << n) - 1u : 0u, p);
   }
-  static EF_INLINE vf load_values(const bf16* p, const bf16* q, int64_t n) {
-    n = smaller<int64_t>(n, VL);
-    const __m512i even = _mm512_castps_si512(load_n(p, n)), odd = _mm512_castps_si512(load_n(q, n));
-    return _mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(even, 16), odd));
+  static EF_INLINE vf load_key(const bf16* p, int64_t n) { return _mm512_castsi512_ps(load_32(p, n)); }
+  // 2 · VL elements of two rows → 2 · VL pairs, interleaved within each 128 bits; `in_order` undoes that at the end.
+  static EF_INLINE void load_values(const bf16* const* rows, int64_t v, int64_t dim, vf* many) {
+    const __m512i even = load_32(rows[0] + v * VL, dim - v * VL), odd = load_32(rows[1] + v * VL, dim - v * VL);
+    many[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(even, odd));
+    many[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(even, odd));
   }
-  // 2 · VL elements of two rows → VL pairs and the VL after them.
-  static EF_INLINE void interleave(const bf16* p, const bf16* q, float* to) {
-    const __m512i even = _mm512_loadu_si512(p), odd = _mm512_loadu_si512(q);
-    const __m512i low = _mm512_unpacklo_epi16(even, odd), high = _mm512_unpackhi_epi16(even, odd);  // by 128-bit lanes
+  static EF_INLINE void in_order(vf* v) {
     const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
                   second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    _mm512_storeu_si512(to, _mm512_permutex2var_epi64(low, first, high));
-    _mm512_storeu_si512(to + VL, _mm512_permutex2var_epi64(low, second, high));
+    const __m512d low = _mm512_castps_pd(v[0]), high = _mm512_castps_pd(v[1]);
+    v[0] = _mm512_castpd_ps(_mm512_permutex2var_pd(low, first, high));
+    v[1] = _mm512_castpd_ps(_mm512_permutex2var_pd(low, second, high));
   }
-  static EF_INLINE void put(Lane* to, const float* x, int64_t n) {
-    const uint32_t low = n > 0 ? bf16_bits(x[0]) : 0, high = n > 1 ? bf16_bits(x[1]) : 0;
-    *to = low | high << 16;
+  template <class W>
+  static EF_INLINE void put_query(const W& w, int64_t, const float* q, Lane* to) {
+    for (int64_t s = 0; s < w.steps; s++) {
+      const int64_t n = w.dim - 2 * s;
+      const uint32_t low = n > 0 ? bf16_bits(q[2 * s]) : 0, high = n > 1 ? bf16_bits(q[2 * s + 1]) : 0;
+      to[s * kTileQueries] = low | high << 16;
+    }
   }
   static EF_INLINE void put_probabilities(Lane* to, vf first, vf second) {
     const auto both = _mm512_cvtne2ps_pbh(second, first);
     std::memcpy(to, &both, sizeof both);
   }
-  static EF_INLINE void dot(vf& acc, const Lane* one, vf many) {
+  template <class W>
+  static EF_INLINE Sum start(const W&, int64_t, int) {
+    return zero();
+  }
+  static EF_INLINE void dot_key(Sum& acc, const Lane* one, vf many) {
     dot_pairs(acc, set1_pair(one), Pairs{_mm512_castps_si512(many)});
+  }
+  static EF_INLINE void dot_value(Sum& acc, const Lane* one, vf many) { dot_key(acc, one, many); }
+  template <class W>
+  static EF_INLINE vf score(const W&, int64_t, const Sum* acc, int64_t) {
+    return acc[0];
   }
 };
 #endif
-
-// What a thread keeps of a block of positions and of its query rows.
-template <class P>
-struct Work {
-  using Lane = typename P::Lane;
-  int64_t dim, steps, padded;  // steps: of kPer elements, in whole vectors; padded: dim in whole vectors
-  Lane* keys;                  // [steps, 64]
-  Lane* values;                // [64 / kPer, padded]
-  Lane* queries;               // [tiles, steps, kTileQueries]
-  Lane* probabilities;         // [kTileQueries, 64 / kPer]
-  float* scores;               // [kTileQueries, 64]
-  float* out;                  // [rows, padded] of the segment
-  float* total;                // [rows, padded] of all segments before
-  float *most, *weight;        // [rows] running maximum and sum of the segment
-  float *total_most, *total_weight;
-  const typename P::Stored *key_rows[kKvBlock], *value_rows[kKvBlock];    // null beyond the end
-  const typename P::Stored *next_keys[kKvBlock], *next_values[kKvBlock];  // the same of the block after
-};
 
 // Brings a row near. Pages are small pieces far apart, which the processor's own prefetcher follows badly.
 template <class T>
@@ -91,87 +151,113 @@ EF_INLINE void fetch(const T* row, int64_t dim) {
 }
 
 template <class P>
+EF_INLINE void load_keys(const Work<P>& w, int64_t j, int64_t s, vf* r) {  // VL steps of VL positions
+  EF_UNROLL
+  for (int i = 0; i < VL; i++) r[i] = P::load_key(w.block->keys[j + i] + s * P::kPer, w.dim - s * P::kPer);
+  transpose(r);
+}
+
+template <class P>
 void pack_keys(const Work<P>& w) {
-  const int64_t dim = w.dim, steps = w.steps;
   float* to = reinterpret_cast<float*>(w.keys);
   for (int64_t j = 0; j < kKvBlock; j += VL) {
-    for (int64_t s = 0; s < steps; s += VL) {
+    for (int64_t s = 0; s < w.steps; s += VL) {
       vf r[VL];
-      EF_UNROLL
-      for (int i = 0; i < VL; i++) {
-        const auto* from = w.key_rows[j + i];
-        r[i] = from ? P::load_key(from + s * P::kPer, dim - s * P::kPer) : zero();
-      }
-      transpose(r);
+      load_keys(w, j, s, r);
       EF_UNROLL
       for (int i = 0; i < VL; i++) store(to + (s + i) * kKvBlock + j, r[i]);
     }
-    for (int i = 0; i < VL; i++) fetch(w.next_keys[j + i], dim);
+    for (int64_t i = j; i < smaller(j + VL, w.next->count); i++) fetch(w.next->keys[i], w.dim);
   }
 }
 
 template <class P>
 void pack_values(const Work<P>& w) {
-  static const typename P::Stored zeros[VL] = {};
-  const int64_t dim = w.dim, padded = w.padded;
   float* to = reinterpret_cast<float*>(w.values);
-  for (int64_t j = 0; j < kKvBlock; j += P::kPer, to += padded) {
-    const auto *even = w.value_rows[j], *odd = w.value_rows[j + P::kPer - 1];
-    int64_t d = 0;
-    if (even && odd) {
-      if constexpr (P::kPer == 2)
-        for (; d + 2 * VL <= dim; d += 2 * VL) P::interleave(even + d, odd + d, to + d);
-      for (; d + VL <= dim; d += VL) store(to + d, P::load_values(even + d, odd + d, VL));
+  for (int64_t j = 0; j < kKvBlock; j += P::kPer, to += w.padded) {
+    for (int64_t v = 0; v < w.padded / VL; v += P::kGroup) {
+      vf many[P::kGroup];
+      P::load_values(w.block->values + j, v, w.dim, many);
+      EF_UNROLL
+      for (int i = 0; i < P::kGroup; i++) store(to + (v + i) * VL, many[i]);
     }
-    for (; d < padded; d += VL) store(to + d, P::load_values(even ? even + d : zeros, odd ? odd + d : zeros, dim - d));
-    for (int i = 0; i < P::kPer; i++) fetch(w.next_values[j + i], dim);
+    for (int64_t i = j; i < smaller(j + P::kPer, w.next->count); i++) fetch(w.next->values[i], w.dim);
   }
 }
 
+// Scores of query rows [first, first + M) from packed keys.
 template <class P, int M>
-void score_tile(const Work<P>& w, const typename P::Lane* queries) {
+void score_packed(const Work<P>& w, int64_t first) {
+  constexpr int kRows = M * P::kParts, kVectors = kScoreVectors / P::kParts;
   const float* keys = reinterpret_cast<const float*>(w.keys);
-  for (int64_t j = 0; j < kKvBlock; j += kScoreVectors * VL) {
-    vf acc[M][kScoreVectors];
+  const auto* queries = w.queries + first * w.steps * P::kParts;
+  for (int64_t j = 0; j < kKvBlock; j += kVectors * VL) {
+    typename P::Sum acc[kVectors][kRows];
     EF_UNROLL
-    for (int m = 0; m < M; m++) {
+    for (int r = 0; r < kRows; r++) {
       EF_UNROLL
-      for (int v = 0; v < kScoreVectors; v++) acc[m][v] = zero();
+      for (int v = 0; v < kVectors; v++) acc[v][r] = P::start(w, first + r / P::kParts, r % P::kParts);
     }
     for (int64_t s = 0; s < w.steps; s++) {
-      vf many[kScoreVectors];
+      vf many[kVectors];
       EF_UNROLL
-      for (int v = 0; v < kScoreVectors; v++) many[v] = load(keys + s * kKvBlock + j + v * VL);
+      for (int v = 0; v < kVectors; v++) many[v] = load(keys + s * kKvBlock + j + v * VL);
       EF_UNROLL
-      for (int m = 0; m < M; m++) {
+      for (int r = 0; r < kRows; r++) {
         EF_UNROLL
-        for (int v = 0; v < kScoreVectors; v++) P::dot(acc[m][v], queries + s * kTileQueries + m, many[v]);
+        for (int v = 0; v < kVectors; v++)
+          P::dot_key(acc[v][r], queries + s * kTileQueries * P::kParts + r, many[v]);
       }
     }
     EF_UNROLL
     for (int m = 0; m < M; m++) {
       EF_UNROLL
-      for (int v = 0; v < kScoreVectors; v++) store(w.scores + m * kKvBlock + j + v * VL, acc[m][v]);
+      for (int v = 0; v < kVectors; v++)
+        store(w.scores + m * kKvBlock + j + v * VL, P::score(w, first + m, acc[v] + m * P::kParts, j + v * VL));
     }
   }
 }
 
-// The probabilities of a row, relative to its maximum `now`; returns their sum.
+// The same for a tile that has the block for itself: keys go from the page through registers into the sums.
+template <class P, int M>
+void score_rows(const Work<P>& w) {
+  constexpr int kRows = M * P::kParts;
+  for (int64_t j = 0; j < kKvBlock; j += VL) {
+    typename P::Sum acc[kRows];
+    EF_UNROLL
+    for (int r = 0; r < kRows; r++) acc[r] = P::start(w, r / P::kParts, r % P::kParts);
+    for (int64_t s = 0; s < w.steps; s += VL) {
+      vf many[VL];
+      load_keys(w, j, s, many);
+      const auto* queries = w.queries + s * kTileQueries * P::kParts;
+      EF_UNROLL
+      for (int i = 0; i < VL; i++) {
+        EF_UNROLL
+        for (int r = 0; r < kRows; r++) P::dot_key(acc[r], queries + i * kTileQueries * P::kParts + r, many[i]);
+      }
+    }
+    EF_UNROLL
+    for (int m = 0; m < M; m++) store(w.scores + m * kKvBlock + j, P::score(w, m, acc + m * P::kParts, j));
+    for (int64_t i = j; i < smaller(j + VL, w.next->count); i++) fetch(w.next->keys[i], w.dim);
+  }
+}
+
+// The probabilities of row m of a tile, relative to its maximum `now`; returns their sum.
 template <class P>
-EF_INLINE float exponentials(const float* scores, typename P::Lane* probabilities, float scale, float now) {
+EF_INLINE float exponentials(Work<P>& w, int m, float scale, float now) {
+  const float* scores = w.scores + m * kKvBlock;
+  auto* probabilities = w.probabilities + m * (kKvBlock / P::kPer);
   const vf by = set1(scale), minus = set1(-now);
   vf total = zero();
   EF_UNROLL
   for (int i = 0; i < kKvBlock / VL; i += 2) {
-    const vf a = exp2_of(fma(load(scores + i * VL), by, minus)),
-             b = exp2_of(fma(load(scores + (i + 1) * VL), by, minus));
+    vf a = exp2_of(fma(load(scores + i * VL), by, minus)), b = exp2_of(fma(load(scores + (i + 1) * VL), by, minus));
     total = add(add(total, a), b);
-    if constexpr (P::kPer == 2) {
-      P::put_probabilities(probabilities + i * VL / 2, a, b);
-    } else {
-      P::put_probabilities(probabilities + i * VL, a, a);
-      P::put_probabilities(probabilities + (i + 1) * VL, b, b);
+    if (P::kScaled) {
+      a = mul(a, load(w.value_scales + i * VL));
+      b = mul(b, load(w.value_scales + (i + 1) * VL));
     }
+    P::put_probabilities(probabilities + i * VL / P::kPer, a, b);
   }
   return sum(total);
 }
@@ -179,7 +265,7 @@ EF_INLINE float exponentials(const float* scores, typename P::Lane* probabilitie
 // One step of the running softmax of M rows: scores → probabilities, and in `alpha` what the sums so far are to be
 // multiplied by. All maxima come first, or each row would wait for its own.
 template <class P, int M>
-EF_INLINE void softmax_rows(const Work<P>& w, float scale, float* most, float* weight, float* alpha) {
+EF_INLINE void softmax_rows(Work<P>& w, float scale, float* most, float* weight, float* alpha) {
   static_assert(M <= VL, "the rows' factors are one vector");
   float now[M], change[VL] = {};
   EF_UNROLL
@@ -193,51 +279,98 @@ EF_INLINE void softmax_rows(const Work<P>& w, float scale, float* most, float* w
   store(alpha, exp2_of(load(change)));
   EF_UNROLL
   for (int m = 0; m < M; m++) {
-    const float total =
-        exponentials<P>(w.scores + m * kKvBlock, w.probabilities + m * (kKvBlock / P::kPer), scale, now[m]);
+    const float total = exponentials(w, m, scale, now[m]);
     weight[m] = weight[m] * alpha[m] + total;
     most[m] = now[m];
   }
 }
 
-// out [M, V vectors] = out · alpha + probabilities · values
-template <class P, int M, int V>
-EF_INLINE void value_tile(const Work<P>& w, float* out, const float* alpha, int64_t d) {
-  const float* values = reinterpret_cast<const float*>(w.values) + d;
-  vf acc[M][V];
-  EF_UNROLL
-  for (int m = 0; m < M; m++) {
+template <class P>
+struct PackedValues {
+  const Work<P>& w;
+  EF_INLINE void operator()(int64_t j, int64_t v, vf* many) const {
+    const float* from = reinterpret_cast<const float*>(w.values) + j * w.padded + v * VL;
     EF_UNROLL
-    for (int v = 0; v < V; v++) acc[m][v] = mul(load(out + m * w.padded + d + v * VL), set1(alpha[m]));
+    for (int i = 0; i < P::kGroup; i++) many[i] = load(from + i * VL);
+  }
+};
+
+template <class P>
+struct ValueRows {
+  const Work<P>& w;
+  EF_INLINE void operator()(int64_t j, int64_t v, vf* many) const {
+    P::load_values(w.block->values + j * P::kPer, v, w.dim, many);
+  }
+};
+
+// out [M, V vectors from v0] = out · alpha + probabilities · values
+template <class P, int M, int V, class Values>
+EF_INLINE void value_tile(const Work<P>& w, float* out, const float* alpha, int64_t v0, const Values& values) {
+  constexpr int kRows = M * P::kParts;
+  typename P::Sum acc[kRows][V];
+  EF_UNROLL
+  for (int r = 0; r < kRows; r++) {
+    EF_UNROLL
+    for (int v = 0; v < V; v++) {
+      if constexpr (P::kParts == 1) {
+        acc[r][v] = mul(load(out + r * w.padded + (v0 + v) * VL), set1(alpha[r]));
+      } else {
+        acc[r][v] = set1_int(0);
+      }
+    }
   }
   for (int64_t j = 0; j < kKvBlock / P::kPer; j++) {
     vf many[V];
     EF_UNROLL
-    for (int v = 0; v < V; v++) many[v] = load(values + j * w.padded + v * VL);
+    for (int v = 0; v < V; v += P::kGroup) values(j, v0 + v, many + v);
     EF_UNROLL
-    for (int m = 0; m < M; m++) {
+    for (int r = 0; r < kRows; r++) {
       EF_UNROLL
-      for (int v = 0; v < V; v++) P::dot(acc[m][v], w.probabilities + m * (kKvBlock / P::kPer) + j, many[v]);
+      for (int v = 0; v < V; v++) P::dot_value(acc[r][v], w.probabilities + r * (kKvBlock / P::kPer) + j, many[v]);
     }
   }
   EF_UNROLL
   for (int m = 0; m < M; m++) {
     EF_UNROLL
-    for (int v = 0; v < V; v++) store(out + m * w.padded + d + v * VL, acc[m][v]);
+    for (int v = 0; v < V; v++) {
+      float* to = out + m * w.padded + (v0 + v) * VL;
+      if constexpr (P::kParts == 1) {
+        store(to, acc[m][v]);
+      } else {
+        const vf part = P::joined(acc[m * P::kParts][v], acc[m * P::kParts + 1][v]);
+        store(to, fma(part, set1(w.probability_factor[m]), mul(load(to), set1(alpha[m]))));
+      }
+    }
   }
 }
 
-// Query rows [first, first + M) against the packed block. `hide` masks scores before the softmax.
+template <class P, int M, class Values>
+EF_INLINE void value_tiles(const Work<P>& w, float* out, const float* alpha, const Values& values) {
+  constexpr int kVectors = kScoreVectors / P::kParts;
+  const int64_t vectors = w.padded / VL;
+  int64_t v = 0;
+  for (; v + kVectors <= vectors; v += kVectors) value_tile<P, M, kVectors>(w, out, alpha, v, values);
+  for (; v < vectors; v += P::kGroup) value_tile<P, M, P::kGroup>(w, out, alpha, v, values);
+}
+
+// Query rows [first, first + M) against the block in use, packed or not. `hide` masks scores before the softmax.
 template <class P, int M, class Hide>
-void block_tile(Work<P>& w, int64_t first, float scale, const Hide& hide) {
-  score_tile<P, M>(w, w.queries + first * w.steps);
+void block_tile(Work<P>& w, int64_t first, bool packed, float scale, const Hide& hide) {
+  if (packed) {
+    score_packed<P, M>(w, first);
+  } else {
+    score_rows<P, M>(w);
+  }
   hide(M);
   float alpha[VL];
   softmax_rows<P, M>(w, scale, w.most + first, w.weight + first, alpha);
   float* out = w.out + first * w.padded;
-  int64_t d = 0;
-  for (; d + kScoreVectors * VL <= w.padded; d += kScoreVectors * VL) value_tile<P, M, kScoreVectors>(w, out, alpha, d);
-  for (; d < w.padded; d += VL) value_tile<P, M, 1>(w, out, alpha, d);
+  if (packed) {
+    value_tiles<P, M>(w, out, alpha, PackedValues<P>{w});
+  } else {
+    for (int64_t j = 0; j < w.next->count; j++) fetch(w.next->values[j], w.dim);
+    value_tiles<P, M>(w, out, alpha, ValueRows<P>{w});
+  }
 }
 
 }  // namespace eightfold::EIGHTFOLD_ISA

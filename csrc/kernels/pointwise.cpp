@@ -57,8 +57,42 @@ void write_row(Dtype dtype, const float* x, int64_t dim, void* pages, int64_t at
     case Dtype::f16:
       return write_row<f16>(x, dim, pages, at);
     case Dtype::i8:
-      return;
+      return;  // by write_int8_rows
   }
+}
+
+// Symmetric: scale = absmax / 127, rounded half to even; a row that is zero, or so small that 127 / absmax would
+// overflow, gets scale 0. Returns whether all of the row is finite.
+bool write_int8(const float* x, int64_t dim, void* pages, int64_t at, float* scale) {
+  vf most = zero(), bad = zero();
+  for (int64_t i = 0; i < dim; i += VL) {
+    const vf v = load_n(x + i, smaller<int64_t>(VL, dim - i));
+    most = largest(most, absolute(v));
+    bad = fma(v, zero(), bad);
+  }
+  const float absmax = largest_of(most);
+  const bool finite = sum(bad) == 0.f, empty = !finite || absmax < 1e-30f;
+  const vf inverse = set1(empty ? 0.f : 127.f / absmax);
+  int8_t* to = static_cast<int8_t*>(pages) + at;
+  for (int64_t i = 0; i < dim; i += VL) {
+    const int64_t left = smaller<int64_t>(VL, dim - i);
+    float rounded[VL];
+    store(rounded, round_even(mul(finite ? load_n(x + i, left) : zero(), inverse)));
+    for (int64_t j = 0; j < left; j++) to[i + j] = static_cast<int8_t>(rounded[j]);
+  }
+  *scale = empty ? 0.f : absmax / 127.f;
+  return finite;
+}
+
+// A key or value that is not finite must show in the answer, and int8 cannot hold it: both scales become NaN.
+void write_int8_rows(const RopeWrite& a, const float* key, const float* value, int64_t page, int64_t head,
+                     int64_t slot) {
+  const int64_t scale = (page * a.kv_heads + head) * a.page_size + slot;
+  const int64_t k = page * a.k_strides[0] + head * a.k_strides[1] + slot * a.k_strides[2];
+  const int64_t v = page * a.v_strides[0] + head * a.v_strides[1] + slot * a.v_strides[2];
+  const bool good_key = write_int8(key, a.dim, a.k, k, a.k_scale + scale);
+  const bool good_value = write_int8(value, a.dim, a.v, v, a.v_scale + scale);
+  if (!good_key || !good_value) a.k_scale[scale] = a.v_scale[scale] = __builtin_nanf("");
 }
 
 void rope_token(const RopeWrite& a, int64_t t, float* turned) {
@@ -69,10 +103,14 @@ void rope_token(const RopeWrite& a, int64_t t, float* turned) {
     rotate(x + h * a.dim, cos, sin, a.dim, a.interleaved, a.q + (t * a.heads + h) * a.dim);
   const int64_t page = a.slots[t] / a.page_size, slot = a.slots[t] % a.page_size;
   for (int64_t h = 0; h < a.kv_heads; h++) {
+    const float* value = x + (a.heads + a.kv_heads + h) * a.dim;
     rotate(x + (a.heads + h) * a.dim, cos, sin, a.dim, a.interleaved, turned);
+    if (a.kv_dtype == Dtype::i8) {
+      write_int8_rows(a, turned, value, page, h, slot);
+      continue;
+    }
     write_row(a.kv_dtype, turned, a.dim, a.k, page * a.k_strides[0] + h * a.k_strides[1] + slot * a.k_strides[2]);
-    write_row(a.kv_dtype, x + (a.heads + a.kv_heads + h) * a.dim, a.dim, a.v,
-              page * a.v_strides[0] + h * a.v_strides[1] + slot * a.v_strides[2]);
+    write_row(a.kv_dtype, value, a.dim, a.v, page * a.v_strides[0] + h * a.v_strides[1] + slot * a.v_strides[2]);
   }
 }
 

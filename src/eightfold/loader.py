@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ DTYPES = {
     "float16": torch.float16,
     "half": torch.float16,
 }
+KV_DTYPES = {**DTYPES, "int8": torch.int8}
+SCALE_BYTES = 4  # int8 keys and values have an fp32 scale for each token and head
 LOG = logging.getLogger("eightfold")
 DEFAULT_KV_SHARE = 8  # without a wish, keys and values may take this part of the free memory, or one full context
 
@@ -43,7 +46,7 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> Engin
     checkpoint = Checkpoint.open(folder, model_config, config.allow_pickle)
     checkpoint.check(stored_tensors(model_config))
     dtype = named_dtype("dtype", config.dtype, checkpoint.main_dtype)
-    kv_dtype = named_dtype("kv-cache-dtype", config.kv_cache_dtype, dtype)
+    kv_dtype = kv_cache_dtype(config.kv_cache_dtype, dtype)
     ops = get_ops(config.device, dtype, config.threads, config.strict_kernels)
     max_model_len = _context(config, model_config)
     num_pages = kv_pages(config, model_config, max_model_len, kv_dtype, ops)
@@ -94,8 +97,9 @@ def check_options(config: EngineConfig) -> None:
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that one token takes in all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+    """Bytes of keys and values, and of their scales, that one token takes in all layers."""
+    scale = SCALE_BYTES if dtype == torch.int8 else 0
+    return 2 * config.num_layers * config.num_kv_heads * (config.head_dim * dtype.itemsize + scale)
 
 
 def kv_pages(
@@ -136,10 +140,17 @@ def _context(config: EngineConfig, model_config: ModelConfig) -> int:
     return config.max_model_len or limit
 
 
-def named_dtype(option: str, name: str, auto: torch.dtype) -> torch.dtype:
-    """The dtype that an option names; "auto" is `auto`. Raises EightfoldError on any other name."""
+def kv_cache_dtype(name: str, auto: torch.dtype, option: str = "kv-cache-dtype") -> torch.dtype:
+    """What `--kv-cache-dtype` names; `auto` is the compute dtype. Raises EightfoldError on another name."""
+    return named_dtype(option, name, auto, KV_DTYPES)
+
+
+def named_dtype(
+    option: str, name: str, auto: torch.dtype, known: Mapping[str, torch.dtype] = DTYPES
+) -> torch.dtype:
+    """The dtype that an option names, of those `known`; "auto" is `auto`. Raises EightfoldError on any other name."""
     if name == "auto":
         return auto
-    if name not in DTYPES:
-        raise EightfoldError(f"--{option} is {name!r}; it must be auto or one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+    if name not in known:
+        raise EightfoldError(f"--{option} is {name!r}; it must be auto or one of {', '.join(known)}")
+    return known[name]

@@ -194,7 +194,7 @@ def add_engine(parser: argparse.ArgumentParser, text_only: bool = False) -> None
     add("max-num-seqs", int, "the most sequences that run at once", "N")
     add("max-num-batched-tokens", int, "the most tokens of one step; longer prompts go in chunks", "N")
     add("block-size", int, "tokens in a page of keys and values", "N")
-    add("kv-cache-dtype", str, "how keys and values are kept: float32, bfloat16, float16, or as --dtype", "NAME")
+    add("kv-cache-dtype", str, "how keys and values are kept: float32, bfloat16, float16, int8, or as --dtype", "NAME")
     add("kv-cache-memory-bytes", size, "memory for keys and values, 4GiB or 512M (default: what is free)", "SIZE")
     add("load-mode", str, "weights as mapped files (mmap), in huge pages (copy), or locked there (lock)", "NAME")
     add("tokenizer", str, "folder of another tokenizer (default: the model's)", "FOLDER")

@@ -16,7 +16,7 @@ from eightfold.compare.report import Bucket, ModelReport, Report, TokenReport
 from eightfold.compare.texts import Windows, cut, default_documents, random_windows, read_text
 from eightfold.compare.walk import Side, mean, walk
 from eightfold.compare.weights import by_kind, overall, weight_distances
-from eightfold.loader import named_dtype
+from eightfold.loader import kv_cache_dtype, named_dtype
 from eightfold.model import Mixtral
 from eightfold.ops import get_ops
 from eightfold.tokenizer import Tokenizer
@@ -75,10 +75,10 @@ def compare(options: CompareOptions, progress: Progress | None = None) -> Report
         if value is not None and value < least:
             raise EightfoldError(f"--{name} is {value}; it must be at least {least}")
     dtype = named_dtype("dtype", options.dtype, torch.float32)
-    kv_a = named_dtype("kv-cache-dtype", options.kv_cache_dtype, dtype)
+    kv_a = kv_cache_dtype(options.kv_cache_dtype, dtype)
     kv_b = kv_a
     if options.kv_cache_dtype_b is not None:
-        kv_b = named_dtype("kv-cache-dtype-b", options.kv_cache_dtype_b, dtype)
+        kv_b = kv_cache_dtype(options.kv_cache_dtype_b, dtype, "kv-cache-dtype-b")
     text = None if options.text is None else read_text(options.text)
     a, b = open_model(options.a, options.allow_pickle), open_model(options.b, options.allow_pickle)
     check_alike(a, b)

@@ -80,10 +80,15 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Pages:
-    """Keys and values of one layer: [pages, Hkv, page_size, D] each, of the KV dtype."""
+    """Keys and values of one layer: [pages, Hkv, page_size, D] each, of the KV dtype.
+
+    int8 has scales, [pages, Hkv, page_size] fp32 each: a position's key is k · k_scale, its value v · v_scale.
+    """
 
     k: Tensor
     v: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
     @property
     def page_size(self) -> int:
@@ -111,9 +116,10 @@ class Ops:
     def new_pages(self, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Pages:
         """Memory for one layer's keys and values; not cleared, so on a CPU it costs nothing until it is written."""
         shape = (num_pages, kv_heads, page_size, head_dim)
-        return Pages(
-            torch.empty(shape, dtype=dtype, device=self.device), torch.empty(shape, dtype=dtype, device=self.device)
-        )
+        k, v = (torch.empty(shape, dtype=dtype, device=self.device) for _ in range(2))
+        if dtype != torch.int8:
+            return Pages(k, v)
+        return Pages(k, v, *(torch.empty(shape[:3], dtype=torch.float32, device=self.device) for _ in range(2)))
 
     def prepare_tensor(self, tensor: Tensor) -> Tensor:
         """A norm, gate or embedding table as the file has it → where and how the operations below want it."""
@@ -147,14 +153,24 @@ class Ops:
         return torch.cat([w.matmul(rounded) for w in linear], -1).to(self.activation_dtype)
 
     def rope_write_kv(self, qkv: Tensor, rope: Rope, batch: Batch, pages: Pages) -> Tensor:
-        """qkv [T, (Hq + 2·Hkv)·D] → rotated q [T, Hq, D]; rotated k, and v, are written into the pages."""
+        """qkv [T, (Hq + 2·Hkv)·D] → rotated q [T, Hq, D]; rotated k, and v, are written into the pages.
+
+        For int8 pages each row [D] of k and v is rounded by `quantize_rows`. Where one of a pair is not finite, both
+        scales are NaN, so that whoever attends to it gets NaN.
+        """
         tokens, kv_heads, size, dim = len(qkv), pages.k.shape[1], pages.page_size, pages.k.shape[3]
         heads = qkv.view(tokens, -1, dim)  # [T, Hq + 2·Hkv, D]
         q, k, v = torch.split(heads, [heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
         at = batch.positions.long()
         cos, sin = rope.cos[at][:, None], rope.sin[at][:, None]  # [T, 1, D / 2]
         page, slot = batch.slots // size, batch.slots % size
-        pages.k[page, :, slot] = _rotate(k, cos, sin, rope.interleaved).to(pages.k.dtype)
+        k = _rotate(k, cos, sin, rope.interleaved)
+        if pages.k_scale is not None and pages.v_scale is not None:
+            (k, k_scale), (v, v_scale) = quantize_rows(k), quantize_rows(v)
+            bad = k_scale.isnan() | v_scale.isnan()  # [T, Hkv]
+            pages.k_scale[page, :, slot] = k_scale.masked_fill(bad, math.nan)
+            pages.v_scale[page, :, slot] = v_scale.masked_fill(bad, math.nan)
+        pages.k[page, :, slot] = k.to(pages.k.dtype)
         pages.v[page, :, slot] = v.to(pages.v.dtype)
         return _rotate(q, cos, sin, rope.interleaved)
 
@@ -167,7 +183,8 @@ class Ops:
         for row, kv_len in enumerate(batch.kv_lens.tolist()):
             a, b = starts[row], starts[row + 1]
             table = batch.page_table[row, : -(-kv_len // pages.page_size)].long()
-            k, v = (_gather(p, table, kv_len, heads) for p in (pages.k, pages.v))  # [Hq, kv_len, D]
+            k = _gather(pages.k, pages.k_scale, table, kv_len, heads)  # [Hq, kv_len, D]
+            v = _gather(pages.v, pages.v_scale, table, kv_len, heads)
             scores = q[a:b].float().transpose(0, 1) @ k.transpose(1, 2) / math.sqrt(dim)  # [Hq, n, kv_len]
             ahead = (
                 torch.arange(kv_len, device=q.device)[None]
@@ -229,6 +246,22 @@ def get_ops(device: str, dtype: torch.dtype, threads: int | None = None, strict_
     raise EightfoldError(f"device {device!r} is not supported; there are {', '.join(DEVICES)}")
 
 
+SMALLEST_ABSMAX = 1e-30  # of a row; below it 127 / absmax could overflow, and the row counts as zero
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., D] fp32 → (int8 [..., D], scales [...] fp32), x ≈ int8 · scale: symmetric, scale = absmax / 127, half to
+    even. A row of zeros has scale 0; one with a value that is not finite has zeros, and NaN for its scale."""
+    absmax = x.abs().amax(-1, keepdim=True)  # [..., 1]
+    finite = absmax.isfinite()  # a NaN or an infinity in a row is its absmax
+    empty = ~finite | (absmax < SMALLEST_ABSMAX)
+    most = torch.full_like(absmax, 127.0)  # as a tensor: torch divides by or into a number by way of a reciprocal
+    inverse = torch.where(empty, 0.0, most / absmax)
+    q = torch.where(finite, x, 0.0).mul(inverse).round().to(torch.int8)
+    scale = torch.where(empty, 0.0, absmax / most).masked_fill(~finite, math.nan)
+    return q, scale.squeeze(-1)
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x [T, heads, D], cos and sin [T, 1, D / 2] → x with its pairs turned."""
     if interleaved:
@@ -238,7 +271,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-def _gather(pages: Tensor, table: Tensor, length: int, heads: int) -> Tensor:
-    """pages [pages, Hkv, size, D] → [Hq, length, D] fp32: a row's first positions, each KV head once a query head."""
+def _gather(pages: Tensor, scales: Tensor | None, table: Tensor, length: int, heads: int) -> Tensor:
+    """pages [pages, Hkv, size, D], scales [pages, Hkv, size] → [Hq, length, D] fp32: a row's first positions, each KV
+    head once a query head."""
     flat = pages[table].transpose(0, 1).flatten(1, 2)[:, :length].float()  # [Hkv, length, D]
+    if scales is not None:
+        flat = flat * scales[table].transpose(0, 1).flatten(1)[:, :length, None]
     return flat.repeat_interleave(heads // len(flat), 0)

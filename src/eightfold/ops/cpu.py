@@ -1,7 +1,8 @@
 """The CPU backend: the contract over the native kernels of `eightfold._native`.
 
 Activations are fp32 in memory. Where the compute dtype is bfloat16, the input of a matrix product is rounded to it,
-queries and probabilities too where keys and values are bf16; with float16 nothing is rounded, so nothing overflows.
+queries and probabilities too where keys and values are bf16 (to 16-bit integers where these are int8 and the processor
+has VNNI); with float16 nothing is rounded, so nothing overflows.
 Weights are used where they lie, at any alignment and row stride.
 
 A token's results are bitwise the same in any batch, in any chunks, at any page size and on any number of threads, for
@@ -26,6 +27,7 @@ from eightfold.types import EightfoldError
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT8 = 3
+KV_DTYPES = {**FLOATS, torch.int8: INT8}
 MOST_COLUMNS = 131071  # more products of int8 could overflow an int32 sum
 MOST_MATRICES = 8
 POINTWISE = ("rms_norm", "rope_write_kv", "attention", "route")
@@ -180,7 +182,8 @@ class CpuOps(Ops):
             q.data_ptr(),
             pages.k.data_ptr(),
             pages.v.data_ptr(),
-            FLOATS[pages.k.dtype],
+            *_scale_addresses(pages),
+            KV_DTYPES[pages.k.dtype],
             _page_strides(pages.k),
             _page_strides(pages.v),
             qkv.shape[0],
@@ -207,7 +210,8 @@ class CpuOps(Ops):
             out.data_ptr(),
             pages.k.data_ptr(),
             pages.v.data_ptr(),
-            FLOATS[pages.k.dtype],
+            *_scale_addresses(pages),
+            KV_DTYPES[pages.k.dtype],
             _page_strides(pages.k),
             _page_strides(pages.v),
             starts.data_ptr(),
@@ -322,11 +326,23 @@ def _matrix(w: Weight, scales: list[Tensor]) -> _Matrix:
 
 
 def _unsupported_pages(pages: Pages) -> str | None:
-    if pages.k.dtype not in FLOATS or pages.v.dtype != pages.k.dtype:
+    if pages.k.dtype not in KV_DTYPES or pages.v.dtype != pages.k.dtype:
         return f"keys of {pages.k.dtype} and values of {pages.v.dtype}"
     if pages.k.shape[3] > 1 and (pages.k.stride(3) != 1 or pages.v.stride(3) != 1):
         return "pages whose heads are not contiguous"
+    if pages.k.dtype == torch.int8:
+        for scale in (pages.k_scale, pages.v_scale):
+            if scale is None or scale.shape != pages.k.shape[:3] or scale.dtype != torch.float32:
+                raise EightfoldError(f"int8 pages need fp32 scales of shape {list(pages.k.shape[:3])} for keys and values")
+            if not scale.is_contiguous():
+                return "scales of pages that are not contiguous"
     return None
+
+
+def _scale_addresses(pages: Pages) -> tuple[int, int]:
+    if pages.k_scale is None or pages.v_scale is None:
+        return 0, 0
+    return pages.k_scale.data_ptr(), pages.v_scale.data_ptr()
 
 
 def _page_strides(pages: Tensor) -> tuple[int, int, int]:
