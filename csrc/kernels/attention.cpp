@@ -75,22 +75,21 @@ void pack_queries(const Attention& a, const Item& item, Work<P>& w) {
 template <class T>
 void find_rows(const Attention& a, const Item& item, int64_t block, int64_t end, Rows<T>& rows) {
   const int32_t* table = a.page_table + item.row * a.table_stride;
-  int64_t page = block * kKvBlock / a.page_size, slot = block * kKvBlock % a.page_size;
+  const int64_t size = a.page_size, key_step = a.k_strides[2], value_step = a.v_strides[2];
   const int64_t count = larger<int64_t>(0, smaller(kKvBlock, end - block * kKvBlock));
   const T* k = static_cast<const T*>(a.k) + item.head * a.k_strides[1];
   const T* v = static_cast<const T*>(a.v) + item.head * a.v_strides[1];
+  int64_t page = block * kKvBlock / size, slot = block * kKvBlock % size;
   for (int64_t j = 0; j < count; page++, slot = 0) {
-    const T* key = k + table[page] * a.k_strides[0] + slot * a.k_strides[2];
-    const T* value = v + table[page] * a.v_strides[0] + slot * a.v_strides[2];
-    for (const int64_t end_of_page = smaller(count, j + a.page_size - slot); j < end_of_page; j++) {
-      rows.keys[j] = key;
-      rows.values[j] = value;
-      key += a.k_strides[2];
-      value += a.v_strides[2];
-    }
+    const T* key = k + table[page] * a.k_strides[0] + slot * key_step;
+    const T* value = v + table[page] * a.v_strides[0] + slot * value_step;
+    const int64_t run = smaller(count - j, size - slot);
+    for (int64_t i = 0; i < run; i++) rows.keys[j + i] = key + i * key_step;
+    for (int64_t i = 0; i < run; i++) rows.values[j + i] = value + i * value_step;
+    j += run;
   }
-  rows.count = count;
-  for (int64_t j = count; j < kKvBlock; j++) rows.keys[j] = rows.keys[0], rows.values[j] = rows.values[0];
+  const T *key = count ? rows.keys[0] : k, *value = count ? rows.values[0] : v;
+  for (int64_t j = count; j < kKvBlock; j++) rows.keys[j] = key, rows.values[j] = value;
 }
 
 // The scales of a block's positions side by side.

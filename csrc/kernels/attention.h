@@ -16,6 +16,9 @@ namespace eightfold::EIGHTFOLD_ISA {
 constexpr int kTileQueries = VL == 16 ? 6 : 4;   // query rows of a tile
 constexpr int kScoreVectors = VL == 16 ? 4 : 2;  // vectors of positions, and of output elements, in a register tile
 constexpr int kAhead = 1;                        // blocks between the one that is fetched and the one in use
+#ifndef EF_HINT
+#define EF_HINT 3
+#endif
 constexpr float kNothing = -1e30f;               // maximum of no scores; finite, so that differences stay defined
 
 template <class T>
@@ -23,11 +26,14 @@ EF_INLINE vf load_part(const T* p, int64_t n) {  // the first n elements, as far
   return n >= VL ? load(p) : load_n(p, larger<int64_t>(0, n));
 }
 
+// Loads of a policy take an `int64_t` number of elements, or this where all are there: a test for each row would cost
+// more than the load.
+struct Whole {};
+
 // Where the keys and values of a block lie. Positions that do not exist stand at the first one's place: their scores
 // are hidden, so that only their being readable matters.
 template <class T>
 struct Rows {
-  int64_t count;
   const T *keys[kKvBlock], *values[kKvBlock];
 };
 
@@ -66,9 +72,12 @@ struct FloatProducts {
   static constexpr int kParts = 1;                 // lanes that make up a query's or probability's value
   static constexpr int kGroup = 1, kOrder = 1;     // vectors of values loaded together; put in order together
   static constexpr bool kScaled = sizeof(T) == 1;  // int8: times a scale of the position
+  static EF_INLINE int64_t left(int64_t dim, int64_t v) { return dim - v * VL; }  // of a row at vector v
+  static EF_INLINE vf load_key(const T* p, Whole) { return load(p); }
   static EF_INLINE vf load_key(const T* p, int64_t n) { return load_part(p, n); }
-  static EF_INLINE void load_values(const T* const* rows, int64_t v, int64_t dim, vf* many) {
-    many[0] = load_part(rows[0] + v * VL, dim - v * VL);
+  template <class N>
+  static EF_INLINE void load_values(const T* const* rows, int64_t v, N n, vf* many) {
+    many[0] = load_key(rows[0] + v * VL, n);
   }
   template <class W>
   static EF_INLINE void put_query(const W& w, int64_t, const float* q, Lane* to) {
@@ -99,13 +108,19 @@ struct PairProducts {
   using Sum = vf;
   static constexpr int kPer = 2, kParts = 1, kGroup = 2, kOrder = 2;
   static constexpr bool kScaled = false;
+  static EF_INLINE int64_t left(int64_t dim, int64_t v) { return dim - v * VL; }
+  static EF_INLINE __m512i load_32(const bf16* p, Whole) { return _mm512_loadu_si512(p); }
   static EF_INLINE __m512i load_32(const bf16* p, int64_t n) {
     return _mm512_maskz_loadu_epi16(n >= 32 ? ~0u : n > 0 ? (1u << n) - 1u : 0u, p);
   }
-  static EF_INLINE vf load_key(const bf16* p, int64_t n) { return _mm512_castsi512_ps(load_32(p, n)); }
+  template <class N>
+  static EF_INLINE vf load_key(const bf16* p, N n) {
+    return _mm512_castsi512_ps(load_32(p, n));
+  }
   // 2 · VL elements of two rows → 2 · VL pairs, interleaved within each 128 bits; `in_order` undoes that at the end.
-  static EF_INLINE void load_values(const bf16* const* rows, int64_t v, int64_t dim, vf* many) {
-    const __m512i even = load_32(rows[0] + v * VL, dim - v * VL), odd = load_32(rows[1] + v * VL, dim - v * VL);
+  template <class N>
+  static EF_INLINE void load_values(const bf16* const* rows, int64_t v, N n, vf* many) {
+    const __m512i even = load_32(rows[0] + v * VL, n), odd = load_32(rows[1] + v * VL, n);
     many[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(even, odd));
     many[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(even, odd));
   }
@@ -147,13 +162,20 @@ struct PairProducts {
 template <class T>
 EF_INLINE void fetch(const T* row, int64_t dim) {
   const char* at = reinterpret_cast<const char*>(row);
-  for (int64_t i = 0; i < dim * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(at + i, 0, 3);
+  for (int64_t i = 0; i < dim * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(at + i, 0, EF_HINT);
 }
 
 template <class P>
 EF_INLINE void load_keys(const Work<P>& w, int64_t j, int64_t s, vf* r) {  // VL steps of VL positions
-  EF_UNROLL
-  for (int i = 0; i < VL; i++) r[i] = P::load_key(w.block->keys[j + i] + s * P::kPer, w.dim - s * P::kPer);
+  const auto* const* rows = w.block->keys + j;
+  const int64_t at = s * P::kPer;
+  if (at + VL * P::kPer <= w.dim) {
+    EF_UNROLL
+    for (int i = 0; i < VL; i++) r[i] = P::load_key(rows[i] + at, Whole{});
+  } else {
+    EF_UNROLL
+    for (int i = 0; i < VL; i++) r[i] = P::load_key(rows[i] + at, w.dim - at);
+  }
   transpose(r);
 }
 
@@ -167,21 +189,34 @@ void pack_keys(const Work<P>& w) {
       EF_UNROLL
       for (int i = 0; i < VL; i++) store(to + (s + i) * kKvBlock + j, r[i]);
     }
-    for (int64_t i = j; i < smaller(j + VL, w.next->count); i++) fetch(w.next->keys[i], w.dim);
+    for (int64_t i = j; i < j + VL; i++) fetch(w.next->keys[i], w.dim);
   }
+}
+
+// Vectors of values that need no care for the end of a row.
+template <class P>
+EF_INLINE int64_t whole_vectors(const Work<P>& w) {
+  return w.dim / (P::kOrder * VL) * P::kOrder;
 }
 
 template <class P>
 void pack_values(const Work<P>& w) {
+  const int64_t whole = whole_vectors(w);
   float* to = reinterpret_cast<float*>(w.values);
   for (int64_t j = 0; j < kKvBlock; j += P::kPer, to += w.padded) {
-    for (int64_t v = 0; v < w.padded / VL; v += P::kGroup) {
-      vf many[P::kGroup];
-      P::load_values(w.block->values + j, v, w.dim, many);
+    vf many[P::kGroup];
+    int64_t v = 0;
+    for (; v < whole; v += P::kGroup) {
+      P::load_values(w.block->values + j, v, Whole{}, many);
       EF_UNROLL
       for (int i = 0; i < P::kGroup; i++) store(to + (v + i) * VL, many[i]);
     }
-    for (int64_t i = j; i < smaller(j + P::kPer, w.next->count); i++) fetch(w.next->values[i], w.dim);
+    for (; v < w.padded / VL; v += P::kGroup) {
+      P::load_values(w.block->values + j, v, P::left(w.dim, v), many);
+      EF_UNROLL
+      for (int i = 0; i < P::kGroup; i++) store(to + (v + i) * VL, many[i]);
+    }
+    for (int64_t i = j; i < j + P::kPer; i++) fetch(w.next->values[i], w.dim);
   }
 }
 
@@ -218,27 +253,42 @@ void score_packed(const Work<P>& w, int64_t first) {
   }
 }
 
-// The same for a tile that has the block for itself: keys go from the page through registers into the sums.
+// The same for a tile that has the block for itself: keys go from the page through registers into the sums. Two groups of
+// positions take turns, because the sums of one would wait for each other. The next block is fetched evenly meanwhile,
+// in the order of the memory.
 template <class P, int M>
 void score_rows(const Work<P>& w) {
-  constexpr int kRows = M * P::kParts;
-  for (int64_t j = 0; j < kKvBlock; j += VL) {
-    typename P::Sum acc[kRows];
+  constexpr int kRows = M * P::kParts, kGroups = 2;
+  const int64_t ahead = larger<int64_t>(1, kGroups * VL * VL / w.steps);  // rows to fetch at a time
+  for (int64_t j = 0; j < kKvBlock; j += kGroups * VL) {
+    typename P::Sum acc[kGroups][kRows];
     EF_UNROLL
-    for (int r = 0; r < kRows; r++) acc[r] = P::start(w, r / P::kParts, r % P::kParts);
+    for (int g = 0; g < kGroups; g++) {
+      EF_UNROLL
+      for (int r = 0; r < kRows; r++) acc[g][r] = P::start(w, r / P::kParts, r % P::kParts);
+    }
+    int64_t fetched = j;
     for (int64_t s = 0; s < w.steps; s += VL) {
-      vf many[VL];
-      load_keys(w, j, s, many);
+      for (int64_t end = smaller(fetched + ahead, j + kGroups * VL); fetched < end; fetched++)
+        fetch(w.next->keys[fetched], w.dim);
       const auto* queries = w.queries + s * kTileQueries * P::kParts;
       EF_UNROLL
-      for (int i = 0; i < VL; i++) {
+      for (int g = 0; g < kGroups; g++) {
+        vf many[VL];
+        load_keys(w, j + g * VL, s, many);
         EF_UNROLL
-        for (int r = 0; r < kRows; r++) P::dot_key(acc[r], queries + i * kTileQueries * P::kParts + r, many[i]);
+        for (int i = 0; i < VL; i++) {
+          EF_UNROLL
+          for (int r = 0; r < kRows; r++) P::dot_key(acc[g][r], queries + i * kTileQueries * P::kParts + r, many[i]);
+        }
       }
     }
     EF_UNROLL
-    for (int m = 0; m < M; m++) store(w.scores + m * kKvBlock + j, P::score(w, m, acc + m * P::kParts, j));
-    for (int64_t i = j; i < smaller(j + VL, w.next->count); i++) fetch(w.next->keys[i], w.dim);
+    for (int g = 0; g < kGroups; g++) {
+      EF_UNROLL
+      for (int m = 0; m < M; m++)
+        store(w.scores + m * kKvBlock + j + g * VL, P::score(w, m, acc[g] + m * P::kParts, j + g * VL));
+    }
   }
 }
 
@@ -288,6 +338,7 @@ EF_INLINE void softmax_rows(Work<P>& w, float scale, float* most, float* weight,
 template <class P>
 struct PackedValues {
   const Work<P>& w;
+  EF_INLINE void fetch_next(int64_t, int64_t, int) const {}
   EF_INLINE void operator()(int64_t j, int64_t v, vf* many) const {
     const float* from = reinterpret_cast<const float*>(w.values) + j * w.padded + v * VL;
     EF_UNROLL
@@ -295,11 +346,20 @@ struct PackedValues {
   }
 };
 
-template <class P>
+template <class P, bool kWhole>
 struct ValueRows {
   const Work<P>& w;
+  EF_INLINE void fetch_next(int64_t j, int64_t v0, int vectors) const {
+    const int64_t each = larger<int64_t>(1, P::kPer * vectors * VL / w.padded);  // rows
+    const int64_t row = (v0 / vectors * (kKvBlock / P::kPer) + j) * each;
+    for (int64_t i = row; i < smaller<int64_t>(row + each, kKvBlock); i++) fetch(w.next->values[i], w.dim);
+  }
   EF_INLINE void operator()(int64_t j, int64_t v, vf* many) const {
-    P::load_values(w.block->values + j * P::kPer, v, w.dim, many);
+    if constexpr (kWhole) {
+      P::load_values(w.block->values + j * P::kPer, v, Whole{}, many);
+    } else {
+      P::load_values(w.block->values + j * P::kPer, v, P::left(w.dim, v), many);
+    }
   }
 };
 
@@ -320,6 +380,7 @@ EF_INLINE void value_tile(const Work<P>& w, float* out, const float* alpha, int6
     }
   }
   for (int64_t j = 0; j < kKvBlock / P::kPer; j++) {
+    values.fetch_next(j, v0, V);
     vf many[V];
     EF_UNROLL
     for (int v = 0; v < V; v += P::kGroup) values(j, v0 + v, many + v);
@@ -344,13 +405,12 @@ EF_INLINE void value_tile(const Work<P>& w, float* out, const float* alpha, int6
   }
 }
 
-template <class P, int M, class Values>
-EF_INLINE void value_tiles(const Work<P>& w, float* out, const float* alpha, const Values& values) {
-  constexpr int kVectors = kScoreVectors / P::kParts;
-  const int64_t vectors = w.padded / VL;
-  int64_t v = 0;
-  for (; v + kVectors <= vectors; v += kVectors) value_tile<P, M, kVectors>(w, out, alpha, v, values);
-  for (; v < vectors; v += P::kGroup) value_tile<P, M, P::kGroup>(w, out, alpha, v, values);
+// Vectors [v, end) of M rows; returns where it got to.
+template <class P, int M, int V, class Values>
+EF_INLINE int64_t value_tiles(const Work<P>& w, float* out, const float* alpha, int64_t v, int64_t end,
+                              const Values& values) {
+  for (; v + V <= end; v += V) value_tile<P, M, V>(w, out, alpha, v, values);
+  return v;
 }
 
 // Query rows [first, first + M) against the block in use, packed or not. `hide` masks scores before the softmax.
@@ -364,12 +424,15 @@ void block_tile(Work<P>& w, int64_t first, bool packed, float scale, const Hide&
   hide(M);
   float alpha[VL];
   softmax_rows<P, M>(w, scale, w.most + first, w.weight + first, alpha);
+  constexpr int kVectors = kScoreVectors / P::kParts;
   float* out = w.out + first * w.padded;
+  const int64_t vectors = w.padded / VL;
   if (packed) {
-    value_tiles<P, M>(w, out, alpha, PackedValues<P>{w});
+    const int64_t v = value_tiles<P, M, kVectors>(w, out, alpha, 0, vectors, PackedValues<P>{w});
+    value_tiles<P, M, P::kGroup>(w, out, alpha, v, vectors, PackedValues<P>{w});
   } else {
-    for (int64_t j = 0; j < w.next->count; j++) fetch(w.next->values[j], w.dim);
-    value_tiles<P, M>(w, out, alpha, ValueRows<P>{w});
+    const int64_t v = value_tiles<P, M, kVectors>(w, out, alpha, 0, whole_vectors(w), ValueRows<P, true>{w});
+    value_tiles<P, M, P::kGroup>(w, out, alpha, v, vectors, ValueRows<P, false>{w});
   }
 }
 

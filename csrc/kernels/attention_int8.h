@@ -20,20 +20,24 @@ struct QuadProducts {
   static constexpr float kMostProbability = 65535.f;  // both bytes are unsigned
   static constexpr int64_t kMostElements = 65536;     // 255 · 128 · elements fits an int32
 
+  static EF_INLINE int64_t left(int64_t dim, int64_t v) { return dim - v / 4 * 64; }
+  static EF_INLINE __m512i load_64(const int8_t* p, Whole) { return _mm512_loadu_si512(p); }
   static EF_INLINE __m512i load_64(const int8_t* p, int64_t n) {
     return _mm512_maskz_loadu_epi8(n >= 64 ? ~0ull : n > 0 ? (1ull << n) - 1ull : 0ull, p);
   }
   // The instruction takes unsigned keys: flipping the sign bit adds 128, for which `query_bias` makes up.
-  static EF_INLINE vf load_key(const int8_t* p, int64_t n) {
+  template <class N>
+  static EF_INLINE vf load_key(const int8_t* p, N n) {
     return _mm512_castsi512_ps(_mm512_xor_si512(load_64(p, n), _mm512_set1_epi8(-128)));
   }
   // Half of 64 elements of four rows, 8 of every 16, as quads of positions in two vectors; `in_order` undoes the order.
-  static EF_INLINE void load_values(const int8_t* const* rows, int64_t v, int64_t dim, vf* many) {
+  template <class N>
+  static EF_INLINE void load_values(const int8_t* const* rows, int64_t v, N n, vf* many) {
     const int64_t at = v / 4 * 64;
     const bool high = v & 2;
     __m512i r[4];
     EF_UNROLL
-    for (int i = 0; i < 4; i++) r[i] = load_64(rows[i] + at, dim - at);
+    for (int i = 0; i < 4; i++) r[i] = load_64(rows[i] + at, n);
     const __m512i a = high ? _mm512_unpackhi_epi8(r[0], r[1]) : _mm512_unpacklo_epi8(r[0], r[1]);
     const __m512i b = high ? _mm512_unpackhi_epi8(r[2], r[3]) : _mm512_unpacklo_epi8(r[2], r[3]);
     many[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(a, b));
