@@ -22,6 +22,8 @@ from eightfold.bench.accounting import (
     attention,
     experts,
     full_layer_operations,
+    kv_format,
+    kv_token_bytes,
     linear,
     model_step,
     weight_format,
@@ -210,6 +212,8 @@ def test_kernels_on_tiny_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[st
         "route/fp32/T5",
     } <= names
     assert {"attention/bfloat16/decode/B8/depth512", "attention/float32/prefill/T512/kv512"} <= names
+    narrow = next(result for result in report["results"] if result["name"] == "attention/int8/decode/B1/depth512")
+    assert narrow["bytes"] == 512 * 2 * 4 * (16 + 4) + 4 * 2 * 8 * 16
     for result in report["results"]:
         assert len(result["seconds"]) == len(result["share_of_limit"]) == 2
         assert result["gops"] == pytest.approx(result["operations"] / result["seconds_spread"][0] / 1e9)
@@ -275,6 +279,17 @@ def test_offline_on_a_folder(folder: Path, tmp_path: Path, capsys: pytest.Captur
     printed = capsys.readouterr().out
     assert "decode batch 3 depth 40" in printed and "process start to first token" in printed
     assert (tmp_path / "a.png").exists() == (find_spec("matplotlib") is not None)
+
+
+def test_int8_keys_and_values_are_counted_with_their_scales(folder: Path) -> None:
+    narrow = kv_format("int8")
+    assert kv_token_bytes(TINY, narrow) == 2 * 4 * (16 + 4)
+    assert (narrow.products, kv_format("int8", "float32").products) == ("bf16", "fp32")
+    options = small(model=str(folder), kv_cache_dtype="int8", dtype="bfloat16")
+    session = Session.open(engine_fields(options, str(folder), TINY, planned(options)))
+    assert session.formats().kv == narrow
+    assert session.kv_bytes(33) == 64 * 3 * 2 * 4 * (16 + 4)
+    assert session.decode(2, 40, 3).work.attention.bytes > 0
 
 
 def test_offline_makes_random_weights_and_keeps_them(tmp_path: Path) -> None:

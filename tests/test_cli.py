@@ -171,6 +171,11 @@ def test_token_ids() -> None:
         (["run", "demo", "--prompt-token-ids", "999999999"], "token id 999999999"),
         (["run", "demo", "x", "--device", "abacus"], "'abacus'"),
         (["run", "demo", "x", "--dtype", "int3"], "--dtype is 'int3'"),
+        (
+            ["run", "demo", "x", "--kv-cache-dtype", "int4"],
+            "--kv-cache-dtype is 'int4'; it must be auto or one of float32",
+        ),
+        (["info", "demo", "--kv-cache-dtype", "int4"], "--kv-cache-dtype is 'int4'"),
         (["run", "demo", "x", "--load-mode", "teleport"], "--load-mode is 'teleport'"),
         (["run", "demo", "x", "--block-size", "0"], "--block-size is 0; it must be at least 1"),
         (["run", "demo", "x", "--max-model-len", "99999999"], "--max-model-len is 99999999"),
@@ -609,6 +614,10 @@ def test_info_needs_only_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[
         for context in form["contexts"]:
             assert context["ranks"] == 1 or context["short"]
     assert "no weights" in _rendered(tmp_path, capsys)
+    assert main(["info", str(tmp_path), "--json", "--device", "torch", "--kv-cache-dtype", "int8"]) == 0
+    for form in json.loads(capsys.readouterr().out)["formats"]:
+        assert form["kv_per_token"] == 32 * 2 * 8 * (128 + 4)  # a byte an element, and the scales
+        assert form["weights"] == forms[form["format"]]["weights"]
 
 
 def _rendered(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:

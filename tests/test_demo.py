@@ -83,8 +83,21 @@ def test_all_experts_of_every_layer_work(model: Bare, tokenizer: Tokenizer, monk
         assert all(use[expert] / use.total() >= 0.02 for expert in range(8)), f"layer {layer}: {use}"
 
 
-def test_it_answers_the_seed_question() -> None:
-    llm = LLM("demo", max_model_len=512)
+def test_int8_keys_and_values_cost_at_most_half_a_point(model: Bare, tokenizer: Tokenizer) -> None:
+    """On a sample, answer for answer: a share of 0.5 points of it may differ."""
+    narrow, sample = Bare(FOLDER, max_len=2048, kv_dtype=torch.int8), ITEMS[:400]
+    texts = [prompt(item) for item in sample]
+    right = [
+        sum(says_yes(one, tokenizer, text) == item["answer"] for text, item in zip(texts, sample, strict=True))
+        for one in (model, narrow)
+    ]
+    assert abs(right[0] - right[1]) <= 0.005 * len(sample)
+    assert not torch.equal(*(one.logits(tokenizer.encode(texts[0])) for one in (model, narrow)))
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+def test_it_answers_the_seed_question(kv_cache_dtype: str) -> None:
+    llm = LLM("demo", max_model_len=512, kv_cache_dtype=kv_cache_dtype)
     raw = llm.generate(QUESTION, SamplingParams(temperature=0, max_tokens=20))[0].outputs[0]
     chat = llm.chat([{"role": "user", "content": QUESTION}], SamplingParams(temperature=0, max_tokens=20))[0].outputs[0]
     for out in (raw, chat):

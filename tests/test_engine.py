@@ -82,6 +82,41 @@ def test_batched_is_as_alone(folder: Path, device: str, options: dict[str, Any])
         same(a, b, BITWISE[device])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_num_batched_tokens": 7},
+        {"block_size": 4},
+        {"threads": 1},
+        {"block_size": 8, "kv_cache_memory_bytes": 128 * 3 * 2 * 4 * (8 + 4)},  # 128 tokens in all: preempts
+    ],
+    ids=lambda options: ",".join(options) or "default",
+)
+def test_int8_keys_and_values_batched_are_as_alone(folder: Path, dtype: str, options: dict[str, Any]) -> None:
+    requests, common = prompts(9, shared=20), {"dtype": dtype, "kv_cache_dtype": "int8"}
+    alone = make(folder, "cpu", enable_prefix_caching=False, **common)
+    expected = [alone.generate(ids, GREEDY)[0] for ids in requests]
+    llm = make(folder, "cpu", **common, **options)
+    for _ in range(2):  # the second time from the prefix cache
+        for a, b in zip(expected, llm.generate(requests, GREEDY), strict=True):
+            same(a, b, bitwise=True)
+    if "kv_cache_memory_bytes" in options:
+        assert llm.engine.scheduler.num_preemptions > 0
+
+
+def test_int8_keys_and_values_are_close_to_those_kept_whole(folder: Path) -> None:
+    """The same first logits to int8's precision, and not the same bits: the option does something."""
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=-1)
+    apart = []
+    for ids in prompts(6):
+        whole, narrow = (make(folder, "cpu", kv_cache_dtype=kind).generate(ids, params)[0] for kind in ("auto", "int8"))
+        (mine,), (theirs,) = whole.outputs[0].logprobs or [], narrow.outputs[0].logprobs or []
+        apart.append(max(abs(mine[token].logprob - theirs[token].logprob) for token in mine))
+    assert 0 < max(apart) < 0.1
+
+
 @pytest.mark.parametrize("device", BITWISE)
 def test_sampled_with_a_seed_is_as_alone(folder: Path, device: str) -> None:
     requests = prompts(6)
@@ -207,12 +242,13 @@ def test_length_eos_and_stop_tokens_end_a_request(folder: Path) -> None:
     assert third not in llm.generate(ids, held)[0].outputs[0].token_ids[: at + 1]
 
 
-def test_a_poisoned_request_fails_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+def test_a_poisoned_request_fails_alone(tmp_path: Path, kv_cache_dtype: str) -> None:
     model = save_hf(tmp_path)
     with torch.no_grad():
         model.model.embed_tokens.weight[7] = math.nan
     model.save_pretrained(tmp_path)
-    llm = make(tmp_path, "cpu", block_size=4)
+    llm = make(tmp_path, "cpu", block_size=4, kv_cache_dtype=kv_cache_dtype)
     good = [1, 2, 3, 4, 5, 6]
     expected = llm.generate(good, GREEDY)[0]
     bad, fine = llm.generate([[1, 2, 3, 4, 7, 6], good], GREEDY)
@@ -250,7 +286,9 @@ def test_bad_requests_are_refused_and_leave_nothing(
         ({"kv_cache_memory_bytes": 4096}, "holds 0 tokens"),
         ({"kv_cache_memory_bytes": 1 << 60, "max_num_seqs": 1 << 40}, "GiB are free, which hold [0-9]+ tokens"),
         ({"dtype": "int4"}, "--dtype is 'int4'"),
-        ({"kv_cache_dtype": "fp7"}, "--kv-cache-dtype"),
+        ({"kv_cache_dtype": "fp7"}, "--kv-cache-dtype is 'fp7'; it must be auto or one of .*, int8"),
+        ({"kv_cache_dtype": "int8", "kv_cache_memory_bytes": 32 * 288 * 3}, "holds 96 tokens, .* raise it to 36864 "),
+        ({"dtype": "int8"}, "--dtype is 'int8'"),
         ({"block_size": 0}, "--block-size is 0"),
         ({"device": "abacus"}, "device 'abacus' is not supported"),
     ],

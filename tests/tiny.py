@@ -96,13 +96,14 @@ class Bare:
         dtype: torch.dtype = torch.float32,
         page_size: int = 16,
         max_len: int = 256,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         config = load_model_config(folder)
         self.page_size = page_size
         self.pages = -(-max_len // page_size)
         ops = get_ops(device, dtype)
         model = Mixtral.load(config, Checkpoint.open(folder, config), ops, max_len)
-        self.runner = Runner(model, self.pages, page_size, dtype)
+        self.runner = Runner(model, self.pages, page_size, kv_dtype or dtype)
 
     def logits(self, ids: list[int]) -> torch.Tensor:
         """ids [n] → logits [n, V], in one step."""

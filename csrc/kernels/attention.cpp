@@ -139,12 +139,12 @@ template <class P>
 void visit_block(const Attention& a, const Item& item, int64_t block, float scale, Work<P>& w) {
   const int64_t group = a.heads / a.kv_heads, rows = item.tokens * group, begin = block * kKvBlock;
   const int64_t end = item.position + item.tokens;
-  while (w.found < block + kAhead) {
+  while (w.found <= block) {
     w.found++;
-    find_rows(a, item, w.found, end, w.rows[w.found % (kAhead + 1)]);
+    find_rows(a, item, w.found, end, w.rows[w.found % 2]);
   }
-  w.block = w.rows + block % (kAhead + 1);
-  w.next = w.rows + (block + kAhead) % (kAhead + 1);
+  w.block = w.rows + block % 2;
+  w.next = w.rows + (block + 1) % 2;
   if (P::kScaled) find_scales(a, item, block, end, w.key_scales, w.value_scales);
   const bool packed = rows > kTileQueries;
   if (packed) {

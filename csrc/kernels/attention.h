@@ -15,10 +15,6 @@ namespace eightfold::EIGHTFOLD_ISA {
 
 constexpr int kTileQueries = VL == 16 ? 6 : 4;   // query rows of a tile
 constexpr int kScoreVectors = VL == 16 ? 4 : 2;  // vectors of positions, and of output elements, in a register tile
-constexpr int kAhead = 1;                        // blocks between the one that is fetched and the one in use
-#ifndef EF_HINT
-#define EF_HINT 3
-#endif
 constexpr float kNothing = -1e30f;               // maximum of no scores; finite, so that differences stay defined
 
 template <class T>
@@ -52,14 +48,14 @@ struct Work {
   float* total;                // [rows, padded] of all segments before
   float *most, *weight;        // [rows] running maximum and sum of the segment
   float *total_most, *total_weight;
-  float* query_factor;                                     // QuadProducts: [rows] of the queries' integers
-  int32_t* query_bias;                                     // QuadProducts: [rows, kParts]
-  float probability_factor[VL];                            // QuadProducts: of a tile's probabilities
-  float key_scales[kKvBlock], value_scales[kKvBlock];      // of int8; 0 where there is no position
-  Rows<typename P::Stored> rows[kAhead + 1];               // of a block at its number modulo the length
-  int64_t found;                                           // the last block in `rows`
-  const Rows<typename P::Stored>* block;                   // the one in use
-  const Rows<typename P::Stored>* next;                    // the one to be fetched
+  float* query_factor;                                 // QuadProducts: [rows] of the queries' integers
+  int32_t* query_bias;                                 // QuadProducts: [rows, kParts]
+  float probability_factor[VL];                        // QuadProducts: of a tile's probabilities
+  float key_scales[kKvBlock], value_scales[kKvBlock];  // of int8; 0 where there is no position
+  Rows<typename P::Stored> rows[2];                    // of block b at b % 2
+  int64_t found;                                       // the last block in `rows`
+  const Rows<typename P::Stored>* block;               // the one in use
+  const Rows<typename P::Stored>* next;                // the one after, to be fetched
 };
 
 // Products in fp32 over keys and values of type T.
@@ -162,7 +158,7 @@ struct PairProducts {
 template <class T>
 EF_INLINE void fetch(const T* row, int64_t dim) {
   const char* at = reinterpret_cast<const char*>(row);
-  for (int64_t i = 0; i < dim * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(at + i, 0, EF_HINT);
+  for (int64_t i = 0; i < dim * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(at + i, 0, 3);
 }
 
 template <class P>

@@ -145,9 +145,7 @@ def kv_cache_dtype(name: str, auto: torch.dtype, option: str = "kv-cache-dtype")
     return named_dtype(option, name, auto, KV_DTYPES)
 
 
-def named_dtype(
-    option: str, name: str, auto: torch.dtype, known: Mapping[str, torch.dtype] = DTYPES
-) -> torch.dtype:
+def named_dtype(option: str, name: str, auto: torch.dtype, known: Mapping[str, torch.dtype] = DTYPES) -> torch.dtype:
     """The dtype that an option names, of those `known`; "auto" is `auto`. Raises EightfoldError on any other name."""
     if name == "auto":
         return auto

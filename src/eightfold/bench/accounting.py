@@ -77,6 +77,21 @@ def weight_format(scheme: str, dtype: str, stored: str | None = None) -> Format:
     return Format("bf16" if dtype == stored == "bfloat16" else "fp32", _ELEMENT[stored])
 
 
+def kv_format(stored: str, dtype: str = "bfloat16") -> Format:
+    """The format of keys and values kept as `stored` under the compute dtype: products are bf16 only where both are.
+
+    int8 has an fp32 scale a row. Under bf16 each of its products is two of int8, which take as long as one of bf16.
+    """
+    if stored == "int8":
+        return Format("bf16" if dtype == "bfloat16" else "fp32", 1, 4)
+    return weight_format("dense", dtype, stored)
+
+
+def kv_token_bytes(config: ModelConfig, kv: Format) -> int:
+    """Bytes of a token's keys and values in one layer."""
+    return 2 * config.num_kv_heads * (config.head_dim * kv.element + kv.row)
+
+
 def linear(tokens: int, outs: int, ins: int, weights: Format) -> Work:
     """A matrix [outs, ins] times `tokens` rows: its operations, and the bytes of the matrix."""
     return Work({weights.products: 2.0 * tokens * outs * ins}, outs * (ins * weights.element + weights.row))
@@ -171,7 +186,7 @@ def model_step(
     first_seen = [_first_seen(row, config.sliding_window) for row in rows]
     kv_tokens = sum(row.kv_len - first for row, first in zip(rows, first_seen, strict=True))
     kv_tokens -= sum(max(0, shared - first) for first in first_seen[1:])
-    kv_bytes = 2 * config.num_kv_heads * config.head_dim * formats.kv.element
+    kv_bytes = kv_token_bytes(config, formats.kv)
     seen = attention(pairs, config.num_heads, config.head_dim, formats.kv.products, kv_tokens, kv_bytes)
     head = linear(logit_rows, config.vocab_size, hidden, formats.head)
     return Step(layers, seen.times(config.num_layers), head)

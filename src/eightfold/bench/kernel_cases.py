@@ -13,7 +13,18 @@ from fnmatch import fnmatch
 import torch
 from torch import Tensor
 
-from eightfold.bench.accounting import Format, Work, activations, attended, attention, experts, linear, weight_format
+from eightfold.bench.accounting import (
+    Format,
+    Work,
+    activations,
+    attended,
+    attention,
+    experts,
+    kv_format,
+    kv_token_bytes,
+    linear,
+    weight_format,
+)
 from eightfold.bench.routes import different
 from eightfold.config import ModelConfig
 from eightfold.machine import available_memory
@@ -82,7 +93,7 @@ class Cases:
         schemes = ("w8a8", "w8a16", "dense")
         cases = [case for scheme in schemes for case in self._linears(scheme)]
         cases += [case for scheme in schemes for case in self._moes(scheme)]
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (torch.bfloat16, torch.int8, torch.float32):
             cases += self._attentions(dtype)
         return cases + list(self._small())
 
@@ -149,10 +160,10 @@ class Cases:
                 yield self._attention(dtype, detail, rows, new, kv_len)
 
     def _attention(self, dtype: torch.dtype, detail: str, rows: int, new: int, kv_len: int) -> Case:
-        config, kind = self._config, str(dtype).removeprefix("torch.")
+        config, kind = self._config, dtype_name(dtype)
         # Narrower products are allowed only where both the pages and the compute dtype are narrow.
-        products = "bf16" if dtype == self._ops.dtype == torch.bfloat16 else "fp32"
-        token_bytes = 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+        formats = kv_format(kind, dtype_name(self._ops.dtype))
+        products, token_bytes = formats.products, kv_token_bytes(config, formats)
         pairs = rows * attended(new, kv_len)
         work = attention(pairs, config.num_heads, config.head_dim, products, rows * kv_len, token_bytes)
         work += activations(2 * rows * new, config.num_heads * config.head_dim)
@@ -218,7 +229,7 @@ class Cases:
         return prepare
 
     def _format(self, scheme: str) -> Format:
-        return weight_format(scheme, str(self._ops.dtype).removeprefix("torch."))
+        return weight_format(scheme, dtype_name(self._ops.dtype))
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self._generator)
@@ -241,12 +252,14 @@ class Cases:
             ]
             needed = max(BATCHES) * max(depths, default=0)
             count = -(-max(needed, max(self._tokens)) // PAGE_SIZE)
-            token_bytes = 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
-            afford(count * PAGE_SIZE * token_bytes, f"pages of {dtype}")
+            afford(count * PAGE_SIZE * kv_token_bytes(config, kv_format(dtype_name(dtype))), f"pages of {dtype}")
             pages = self._ops.new_pages(count, PAGE_SIZE, config.num_kv_heads, config.head_dim, dtype)
-            block = self._random(_BLOCK).to(dtype)
-            for part in (pages.k, pages.v):
+            block = self._random(_BLOCK)
+            block = (block * 40).clamp(-127, 127).to(dtype) if dtype == torch.int8 else block.to(dtype)
+            for part, scale in ((pages.k, pages.k_scale), (pages.v, pages.v_scale)):
                 fill(part, block)
+                if scale is not None:
+                    scale.fill_(1 / 40)
             self._pages[dtype] = pages
         return self._pages[dtype]
 
@@ -275,6 +288,10 @@ class _Pool:
             if name != "weight" and not part.optional:
                 parts[name] = torch.full(part.shapes[0], 5e-4, dtype=part.dtypes[0])
         return self._scheme.wrap(parts)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def make_batch(table: Tensor, new: int, kv_len: int) -> Batch:

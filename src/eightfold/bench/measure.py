@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eightfold.bench.accounting import Formats, Row, Step, model_step, weight_format
+from eightfold.bench.accounting import Formats, Row, Step, kv_format, model_step, weight_format
 from eightfold.bench.probes import major_faults
 from eightfold.bench.routes import watch_routes
 from eightfold.checkpoint import resolve
@@ -72,7 +72,7 @@ class Session:
         stored = self.model.torch_dtype or dtype if dtype == "float32" else dtype
         floats = weight_format("dense", dtype, stored)
         matrices = floats if self.model.scheme == "dense" else weight_format(self.model.scheme, dtype)
-        return Formats(matrices, floats, weight_format("dense", dtype, kv_dtype))
+        return Formats(matrices, floats, kv_format(kv_dtype, dtype))
 
     def generate(self, prompt: Sequence[int], output_len: int) -> None:
         """Run one request to its end, untimed."""

@@ -13,7 +13,7 @@ from eightfold.types import EightfoldError
 PAGE_SIZE = 32
 WARM_UP = (64, 4)  # tokens of a prompt that reaches all experts, and of its answer
 STARTUP_PROMPT = 512  # tokens that the process which measures loading runs, to see its memory at work
-_ITEM_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
+_ITEM_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2, "int8": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,4 +146,5 @@ def _kv_token_bytes(options: OfflineOptions, model: ModelConfig) -> int:
     names = (options.kv_cache_dtype, options.dtype, model.torch_dtype)
     known = next((name for name in names if name not in (None, "auto")), "float32")
     item: int = _ITEM_BYTES.get(str(known), 4)
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * item
+    scale = 4 if known == "int8" else 0  # for each token and head
+    return 2 * model.num_layers * model.num_kv_heads * (model.head_dim * item + scale)

@@ -18,11 +18,13 @@ RESERVE = 1 << 30  # for the system, the program and the activations of a step
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A way to hold a model: its scheme, and the dtype of what the scheme leaves float and of keys and values."""
+    """A way to hold a model: its scheme, the dtype of what the scheme leaves float, and that of keys and values, which
+    is the same if None."""
 
     name: str
     scheme: str
     dtype: torch.dtype
+    kv_dtype: torch.dtype | None = None
 
 
 FORMATS = (
@@ -57,7 +59,7 @@ def weight_bytes(config: ModelConfig, form: Format, ranks: int = 1) -> int:
 
 def kv_bytes(config: ModelConfig, form: Format, tokens: int, ranks: int = 1) -> int:
     """Bytes of keys and values of that many tokens on each rank; a KV head lies on one rank at least."""
-    return tokens * kv_bytes_per_token(config, form.dtype) // math.gcd(ranks, config.num_kv_heads)
+    return tokens * kv_bytes_per_token(config, form.kv_dtype or form.dtype) // math.gcd(ranks, config.num_kv_heads)
 
 
 def memory(config: ModelConfig, form: Format, tokens: int, ranks: int = 1) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from eightfold.commands import footprint
 from eightfold.commands.footprint import FORMATS, Format
 from eightfold.config import ModelConfig, load_model_config
 from eightfold.hub import resolve
-from eightfold.loader import DTYPES, kv_bytes_per_token
+from eightfold.loader import DTYPES, kv_cache_dtype
 from eightfold.machine import available_memory, total_memory, usable_cores
 from eightfold.ops import get_ops
 from eightfold.quant import SCHEMES
@@ -62,7 +63,7 @@ def gather(args: argparse.Namespace, folder: Path, config: ModelConfig) -> dict[
         "active_parameters": active,
         "stored": stored,
         "machine": {"memory": usable, "free": available_memory(), "cores": usable_cores()},
-        "formats": [_needs(config, form, usable, dtype) for form in FORMATS],
+        "formats": [_needs(config, _with_kv(form, args.kv_cache_dtype), usable, dtype) for form in FORMATS],
         "backend": {
             "device": args.device,
             "dtype": _name(dtype),
@@ -123,6 +124,11 @@ def _dtype(wish: str, stored: dict[str, Any] | None, config: ModelConfig) -> tor
     return next(DTYPES[name] for name in names if name in DTYPES)
 
 
+def _with_kv(form: Format, name: str) -> Format:
+    """The format with keys and values as `--kv-cache-dtype` names them."""
+    return replace(form, kv_dtype=kv_cache_dtype(name, form.dtype))
+
+
 def _needs(config: ModelConfig, form: Format, available: int, dtype: torch.dtype) -> dict[str, Any]:
     """What a format takes, and for each context what is missing here and how many such machines would do."""
     longest = config.max_position_embeddings
@@ -141,7 +147,7 @@ def _needs(config: ModelConfig, form: Format, available: int, dtype: torch.dtype
         "format": form.name,
         "own": form.scheme == config.scheme and (form.scheme != "dense" or form.dtype == dtype),
         "weights": footprint.weight_bytes(config, form),
-        "kv_per_token": kv_bytes_per_token(config, form.dtype),
+        "kv_per_token": footprint.kv_bytes(config, form, 1),
         "contexts": contexts,
     }
 

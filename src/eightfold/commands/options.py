@@ -90,6 +90,9 @@ def add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--device", default=_default("device"), help="whose kernels to list (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="compute dtype of these (default: the checkpoint's)")
+    parser.add_argument(
+        "--kv-cache-dtype", default="auto", metavar="NAME", help="of keys and values in the sizes shown"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: all cores)")
 
 

@@ -333,7 +333,9 @@ def _unsupported_pages(pages: Pages) -> str | None:
     if pages.k.dtype == torch.int8:
         for scale in (pages.k_scale, pages.v_scale):
             if scale is None or scale.shape != pages.k.shape[:3] or scale.dtype != torch.float32:
-                raise EightfoldError(f"int8 pages need fp32 scales of shape {list(pages.k.shape[:3])} for keys and values")
+                raise EightfoldError(
+                    f"int8 pages need fp32 scales of shape {list(pages.k.shape[:3])} for keys and values"
+                )
             if not scale.is_contiguous():
                 return "scales of pages that are not contiguous"
     return None
