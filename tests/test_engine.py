@@ -178,6 +178,12 @@ def test_prompt_logprobs_do_not_depend_on_chunks_or_cache(folder: Path) -> None:
     assert whole.prompt_logprobs == chunked.prompt_logprobs == cached.prompt_logprobs
     assert whole.prompt_logprobs is not None
     assert whole.prompt_logprobs[0] is None and len(whole.prompt_logprobs) == len(ids)
+    llm = make(folder, "cpu", block_size=4)
+    llm.generate(ids[:30], GREEDY)
+    for start in (1, 2, 17, len(ids)):
+        late = llm.generate(ids, replace(params, prompt_logprobs_start=start))[0]
+        assert late.prompt_logprobs == [None] * start + whole.prompt_logprobs[start:]
+        assert late.metrics is not None and late.metrics.num_cached_tokens >= min(28, (start - 1) // 4 * 4)
     for token, entry in zip(ids[1:], whole.prompt_logprobs[1:], strict=True):
         assert entry is not None and token in entry and 2 <= len(entry) <= 3
 

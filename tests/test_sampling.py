@@ -88,6 +88,13 @@ def test_logprobs_are_the_models_own() -> None:
     assert [(token, rank) for token, _, rank in got.logprobs] == [(3, 4), (1, 1), (2, 2)]
     assert [value for _, value, _ in got.logprobs] == pytest.approx([logprobs[3], logprobs[1], logprobs[2]])
     assert len(token_logprobs(row, 1, -1)) == 4
+    asked = sample(row[None], [state(temperature=0, logprob_token_ids=[3, 1, 2])])[0].logprobs
+    assert asked == [
+        (1, pytest.approx(logprobs[1]), 1),
+        (3, pytest.approx(logprobs[3]), 4),
+        (2, pytest.approx(logprobs[2]), 2),
+    ]
+    assert [token for token, _, _ in token_logprobs(row, 1, 2, (3, 2, 3))] == [1, 2, 3]
     assert token_logprobs(row, 2, 0) == [(2, pytest.approx(logprobs[2]), 2)]
 
 
@@ -126,6 +133,8 @@ def test_rows_that_are_not_numbers_fail_alone(bad: float) -> None:
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"presence_penalty": 3.0}, "presence_penalty"),
         ({"logprobs": -2}, "logprobs"),
+        ({"prompt_logprobs_start": -1}, "prompt_logprobs_start"),
+        ({"logprob_token_ids": [1.5]}, "logprob_token_ids"),
         ({"logit_bias": {1: math.inf}}, "logit_bias"),
     ],
 )

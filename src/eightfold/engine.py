@@ -91,7 +91,9 @@ class Engine:
         self._check(request)
         params = request.params
         metrics = RequestMetrics(request.arrival_time or time.perf_counter())
-        prompt_logprobs: list[dict[int, Logprob] | None] | None = None if params.prompt_logprobs is None else [None]
+        prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        if params.prompt_logprobs is not None:
+            prompt_logprobs = [None] * max(1, params.prompt_logprobs_start)  # nothing comes before the first token
         state = _RequestState(request, metrics, [], prompt_logprobs)
         for index in range(params.n):
             continuation = self._continuation(request, index)
@@ -146,6 +148,7 @@ class Engine:
         for what, ids in (
             ("prompt", tokens),
             ("stop_token_ids", params.stop_token_ids or ()),
+            ("logprob_token_ids", params.logprob_token_ids or ()),
             ("logit_bias", params.logit_bias or ()),
         ):
             outside = next((token for token in ids if not 0 <= token < self._vocab_size), None)
@@ -153,6 +156,11 @@ class Engine:
                 raise EightfoldError(
                     f"request {name!r}: {what} holds token id {outside}; ids go from 0 to {self._vocab_size - 1}"
                 )
+        if params.prompt_logprobs_start > len(tokens):
+            raise EightfoldError(
+                f"request {name!r}: prompt_logprobs_start is {params.prompt_logprobs_start}, beyond the prompt of "
+                f"{len(tokens)} tokens"
+            )
         if params.stop and self.tokenizer is None:
             raise EightfoldError(f"request {name!r}: stop strings need a tokenizer, which this engine runs without")
 
@@ -174,12 +182,15 @@ class Engine:
         return _Continuation(
             index=index,
             sequence=Sequence(
-                list(prompt), len(prompt), wants_prompt_logits=params.prompt_logprobs is not None and not index
+                list(prompt),
+                len(prompt),
+                wants_prompt_logits=params.prompt_logprobs is not None and not index,
+                prompt_logits_done=max(0, params.prompt_logprobs_start - 1),  # a position's logits are about the next
             ),
             sampler=SamplerState(params, random.Random(f"{seed}/{index}"), frozenset(prompt), stops),
             detokenizer=detokenizer,
             max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
-            logprobs=None if params.logprobs is None else [],
+            logprobs=None if params.logprobs is None and not params.logprob_token_ids else [],
         )
 
     def _note_start(self, rows: Seq[Row], owners: Seq[tuple[_RequestState, _Continuation]]) -> None:

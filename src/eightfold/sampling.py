@@ -53,20 +53,29 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sample]:
             chosen = token if adjusted is row else int(adjusted.argmax())
         else:
             chosen = _draw(adjusted / params.temperature, params, state.generator.random())
-        logprobs = None if params.logprobs is None else token_logprobs(row, chosen, params.logprobs)
+        logprobs = None
+        if params.logprobs is not None or params.logprob_token_ids:
+            logprobs = token_logprobs(row, chosen, params.logprobs or 0, params.logprob_token_ids or ())
         state.counts[chosen] = state.counts.get(chosen, 0) + 1
         samples.append(Sample(chosen, logprobs))
     return samples
 
 
-def token_logprobs(row: Tensor, token: int, count: int) -> TokenLogprobs:
-    """row [V] logits → the token's log-probability and rank, then those of the `count` best (-1: all)."""
+def token_logprobs(row: Tensor, token: int, count: int, also: Sequence[int] = ()) -> TokenLogprobs:
+    """row [V] logits → log-probability and rank of the token, of the `count` best (-1: all), and of those in `also`;
+    each token once."""
     logprobs = row.log_softmax(-1)
-    own = logprobs[token]
-    result = [(token, float(own), int((logprobs > own).sum()) + 1)]
+
+    def entry(one: int) -> tuple[int, float, int]:
+        own = logprobs[one]
+        return one, float(own), int((logprobs > own).sum()) + 1
+
+    result = [entry(token)]
     values, ids = logprobs.topk(len(row) if count == -1 else min(count, len(row)))
     ranked = enumerate(zip(ids.tolist(), values.tolist(), strict=True), 1)
-    return result + [(i, value, rank) for rank, (i, value) in ranked if i != token]
+    result += [(i, value, rank) for rank, (i, value) in ranked if i != token]
+    known = {i for i, _, _ in result}
+    return result + [entry(one) for one in dict.fromkeys(also) if one not in known]
 
 
 def _adjust(row: Tensor, state: SamplerState) -> Tensor:

@@ -24,7 +24,7 @@ class Sequence:
     computed: int = 0
     cached: int = 0  # of the computed, how many came from the prefix cache at admission
     pages: list[int] = field(default_factory=list)
-    prompt_logits_done: int = 0  # prompt positions whose logits have been asked for already
+    prompt_logits_done: int = 0  # prompt positions whose logits have been asked for already, or are not wanted
 
     @property
     def pending(self) -> int:
@@ -107,9 +107,10 @@ class Scheduler:
         """Let waiting sequences in while the budget, the pages and the number of sequences allow."""
         while self.waiting and left and len(self.running) < self._max_seqs:
             sequence = self.waiting[0]
-            if not sequence.wants_prompt_logits:  # those need every prompt position computed
-                sequence.pages = self._pool.match(sequence.tokens[:-1])  # the last token must run, for its logits
-                sequence.computed = sequence.cached = len(sequence.pages) * self._pool.page_size
+            # What logits are wanted of must run: the last token, or all from the first wanted prompt position on.
+            reusable = sequence.prompt_logits_done if sequence.wants_prompt_logits else len(sequence.tokens) - 1
+            sequence.pages = self._pool.match(sequence.tokens[:reusable])
+            sequence.computed = sequence.cached = len(sequence.pages) * self._pool.page_size
             count = min(sequence.pending, left)
             if not self._reserve(sequence, count):
                 self._give_up(sequence)

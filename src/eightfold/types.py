@@ -32,7 +32,10 @@ class SamplingParams:
 
     `temperature` 0 is greedy; `top_k` 0 or -1 keeps the whole vocabulary. `seed` makes a request repeatable
     whatever runs beside it. `logprobs=k` returns the k best tokens at each position, and the chosen one; -1
-    returns the whole vocabulary. Log-probabilities are those of the model, before temperature and penalties.
+    returns the whole vocabulary. `logprob_token_ids` adds these tokens at each position, whatever their rank: to score
+    a few known answers without their whole vocabulary. `prompt_logprobs=k` does the same for the prompt, from its token
+    number `prompt_logprobs_start` on (those before have None, and may come from the prefix cache).
+    Log-probabilities are those of the model, before temperature and penalties.
     Raises `EightfoldError` on values outside their range.
     """
 
@@ -52,6 +55,8 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_start: int = 0
+    logprob_token_ids: Sequence[int] | None = None
     logit_bias: dict[int, float] | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
@@ -63,6 +68,7 @@ class SamplingParams:
             self.stop = [self.stop]
         self.stop = list(self.stop or [])
         self.stop_token_ids = list(self.stop_token_ids or [])
+        self.logprob_token_ids = list(self.logprob_token_ids or [])
         self._check_numbers()
         self._check_types()
 
@@ -100,6 +106,12 @@ class SamplingParams:
                 _count(self.prompt_logprobs),
                 "a whole number from 0, -1 for all, or None",
             ),
+            (
+                "prompt_logprobs_start",
+                self.prompt_logprobs_start,
+                _whole(self.prompt_logprobs_start) and self.prompt_logprobs_start >= 0,
+                "a whole number from 0",
+            ),
             ("seed", self.seed, self.seed is None or _whole(self.seed), "a whole number or None"),
         ]
         for name, value, good, right in rules:
@@ -111,8 +123,9 @@ class SamplingParams:
     def _check_types(self) -> None:
         if any(not isinstance(s, str) or not s for s in self.stop or ()):
             raise EightfoldError(f"stop is {self.stop!r}; it must be one string or several, none of them empty")
-        if any(not _whole(t) for t in self.stop_token_ids or ()):
-            raise EightfoldError(f"stop_token_ids is {self.stop_token_ids!r}; it must hold token ids (whole numbers)")
+        for name, ids in (("stop_token_ids", self.stop_token_ids), ("logprob_token_ids", self.logprob_token_ids)):
+            if any(not _whole(t) for t in ids or ()):
+                raise EightfoldError(f"{name} is {ids!r}; it must hold token ids (whole numbers)")
         if self.stop and not self.detokenize:
             raise EightfoldError("stop strings need detokenize=True; with token ids alone use stop_token_ids")
         for token, bias in (self.logit_bias or {}).items():

@@ -176,6 +176,8 @@ def add_sampling(parser: argparse.ArgumentParser, max_tokens: int | None, single
         add("n", int, "answers for each prompt (default: 1)", 1, metavar="N")
         add("logprobs", int, "with --json: log-probabilities of the N likeliest tokens, -1 for all", metavar="N")
         add("prompt-logprobs", int, "with --json: the same for the prompt", metavar="N")
+        add("prompt-logprobs-start", int, "of the prompt, only from this token on (default: 0)", 0, metavar="N")
+        add("logprob-token-ids", token_ids, 'with --json: log-probabilities of these tokens, "2,13"', metavar="IDS")
 
 
 def add_engine(parser: argparse.ArgumentParser, text_only: bool = False) -> None:

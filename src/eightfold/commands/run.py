@@ -33,7 +33,8 @@ LABEL_WIDTH = 70
 def main(args: argparse.Namespace) -> int:
     """0, or 1 if a request failed in the middle."""
     params = sampling_params(args)
-    if not args.json and (args.logprobs is not None or args.prompt_logprobs is not None):
+    asked = args.logprobs is not None or args.prompt_logprobs is not None or args.logprob_token_ids is not None
+    if asked and not args.json:
         raise EightfoldError("log-probabilities are printed with --json only; add it")
     if args.chat is False and args.chat_template is not None:
         raise EightfoldError("--no-chat leaves no use for --chat-template; give one of them")
