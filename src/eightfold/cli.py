@@ -18,6 +18,7 @@ from typing import NamedTuple, NoReturn
 from eightfold import __version__
 from eightfold.bench import cli as bench
 from eightfold.commands import options
+from eightfold.eval import cli as evaluation
 from eightfold.types import EightfoldError
 
 
@@ -38,6 +39,7 @@ COMMANDS: dict[str, Command] = {
     "bench": Command(
         "measure kernels, or the whole engine", "{kernels,offline} [MODEL]", bench.add_options, bench.EPILOG
     ),
+    "eval": Command("score data sets", "MODEL {--task,--lm-eval} TASK,…", options.add_eval, evaluation.EPILOG),
     "make-random": Command("write a checkpoint of random weights, to measure with", "DST", options.add_make_random),
 }
 

@@ -12,6 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 from eightfold.config import EngineConfig
+from eightfold.eval import cli as evaluation
 from eightfold.types import SamplingParams
 
 QUESTION = "Who is the CEO of Google?"
@@ -94,6 +95,13 @@ def add_info(parser: argparse.ArgumentParser) -> None:
         "--kv-cache-dtype", default="auto", metavar="NAME", help="of keys and values in the sizes shown"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: all cores)")
+
+
+def add_eval(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `eightfold eval`."""
+    _add_model(parser)
+    evaluation.add_options(parser)
+    add_engine(parser)
 
 
 def add_make_random(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,106 @@
+"""BoolQ through `eightfold eval`'s own functions and through a plain transformers loop, on the same weights and tokens:
+
+    python benchmarks/compare_eval.py MODEL dev.jsonl --start 0 --count 300 --batch 1 --rounds 3
+
+Prints how many items are scored alike, the largest difference of a log-probability, and the times of interleaved
+rounds. Both compute in float32 with as many threads. Each round of ours has an empty prefix cache, as a first run
+would; transformers gets the same prompts one after the other (or in padded batches) and computes the last position's
+logits only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from eightfold import LLM
+from eightfold.checkpoint import resolve
+from eightfold.eval.ask import Prompting, ask
+from eightfold.eval.boolq import BoolQ
+from eightfold.eval.task import Item, LoadOptions
+from eightfold.machine import usable_cores
+
+Scores = list[tuple[float, float]]  # log-probabilities of yes and no, an item each
+
+
+def ours(llm: LLM, task: BoolQ, items: Sequence[Item]) -> tuple[Scores, list[list[int]]]:
+    """Every item through the engine → its scores and its prompt's token ids."""
+    scores: dict[int, tuple[float, float]] = {}
+    prompts: dict[int, list[int]] = {}
+    queries = ((number, task.queries(item)[0]) for number, item in enumerate(items))
+    for number, answer in ask(llm.engine, queries, Prompting(task.max_input or 3072)):
+        yes, no = answer.logprobs
+        scores[number], prompts[number] = (yes, no), answer.prompt_token_ids
+    return [scores[n] for n in range(len(items))], [prompts[n] for n in range(len(items))]
+
+
+@torch.inference_mode()
+def theirs(model: Any, reader: Any, texts: Sequence[str], tokens: tuple[int, int], batch: int) -> Scores:
+    """Every prompt through transformers, `batch` at a time, padded on the left."""
+    scores: Scores = []
+    for start in range(0, len(texts), batch):
+        inputs = reader(list(texts[start : start + batch]), return_tensors="pt", padding=batch > 1)
+        logits = model(inputs.input_ids, attention_mask=inputs.attention_mask, logits_to_keep=1).logits[:, -1]
+        chosen = logits.float().log_softmax(-1)[:, list(tokens)]
+        scores += [(row[0], row[1]) for row in chosen.tolist()]
+    return scores
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("data")
+    parser.add_argument("--start", type=int, default=0)
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=1, help="of transformers; ours batches as it does by itself")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--experts", help="transformers' way with experts: eager, grouped_mm (default: its own choice)")
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    args = parser.parse_args()
+    folder = resolve(args.model)
+    task = BoolQ()
+    items = task.load(Path(args.data), LoadOptions())[args.start : args.start + args.count]
+    reader = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left", pad_token="</s>")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if args.experts:
+        model.set_experts_implementation(args.experts)
+    tokens = tuple(reader(f": {word}", add_special_tokens=False).input_ids[-1] for word in ("yes", "no"))
+    texts = [task.queries(item)[0].prompt for item in items]
+    seconds: dict[str, list[float]] = {"eightfold": [], "transformers": []}
+    theirs(model, reader, texts[:2], tokens, args.batch)  # first calls allocate
+    for _ in range(args.rounds):
+        llm = LLM(args.model, dtype="float32", threads=args.threads)
+        start = time.perf_counter()
+        own, prompts = ours(llm, task, items)
+        seconds["eightfold"].append(time.perf_counter() - start)
+        torch.set_num_threads(args.threads)  # ours keeps torch at one
+        start = time.perf_counter()
+        other = theirs(model, reader, texts, tokens, args.batch)
+        seconds["transformers"].append(time.perf_counter() - start)
+    assert prompts == reader(texts).input_ids, "the two read a prompt differently"
+    pairs = list(zip(own, other, strict=True))
+    alike = sum((a[0] > a[1]) == (b[0] > b[1]) for a, b in pairs)
+    worst = max(max(abs(a[0] - b[0]), abs(a[1] - b[1])) for a, b in pairs)
+    gap = min(abs(b[0] - b[1]) for _, b in pairs)
+    right = sum((a[0] > a[1]) == (item.golden == "yes") for a, item in zip(own, items, strict=True))
+    print(f"items {args.start} to {args.start + len(items) - 1}: {alike} of {len(items)} scored alike, {right} right")
+    print(f"largest difference of a log-probability {worst:.1e}, smallest gap between yes and no {gap:.1e}")
+    for name, values in seconds.items():
+        spread = f"{min(values):.2f}–{max(values):.2f}"
+        print(
+            f"{name:12} {statistics.median(values):7.2f} s ({spread}), {len(items) / statistics.median(values):.1f}/s"
+        )
+    ratios = [b / a for a, b in zip(seconds["eightfold"], seconds["transformers"], strict=True)]
+    print(f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f}), {args.threads} threads")
+
+
+if __name__ == "__main__":
+    main()
