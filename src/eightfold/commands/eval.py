@@ -146,10 +146,10 @@ def _lm_eval(args: argparse.Namespace, folder: Path) -> int:
         allow_code_execution=args.allow_code_execution,
         overwrite=args.overwrite,
     )
-    check_tasks(options)
+    manager = check_tasks(options)
     check_writable(folder)
     settings = run_settings(engine_options(args), chat=args.chat)
     llm, _ = console.load(args)
-    print(run_lm_eval(llm.engine, options, settings), flush=True)
+    print(run_lm_eval(llm.engine, manager, options, settings), flush=True)
     print(f"results in {folder}", file=sys.stderr)
     return 0

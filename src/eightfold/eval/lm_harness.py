@@ -149,10 +149,10 @@ class EightfoldLM(TemplateLM):
         def plans() -> Iterator[tuple[int, Scored]]:
             for number, (context, options) in enumerate(request.args for request in requests):
                 params = generation_params(options)
-                room = self.max_length + 1 - (params.max_tokens or 0)
+                room = self.max_length - (params.max_tokens or 0)
                 if room < 1:
                     raise EightfoldError(
-                        f"an answer of {params.max_tokens} tokens leaves no room in a context of {self.max_length + 1}"
+                        f"an answer of {params.max_tokens} tokens leaves no room in a context of {self.max_length}"
                     )
                 yield number, Scored(self.tok_encode(context)[-room:], params)
 
@@ -199,9 +199,14 @@ def generation_params(options: Mapping[str, Any]) -> SamplingParams:
 
 
 def check_tasks(options: LmEvalOptions) -> TaskManager:
-    """lm-eval's register of tasks. Raises EightfoldError, with the nearest name, if it lacks one that is asked for."""
+    """lm-eval's register of tasks: that of the user's folder if it has all that are asked for, else with lm-eval's own,
+    which takes seconds to read. Raises EightfoldError, with the nearest name, if a task is in neither."""
     if options.task_folder is not None and not Path(options.task_folder).is_dir():
         raise EightfoldError(f"--data {options.task_folder}: there is no such folder of task files")
+    if options.task_folder is not None:
+        manager = TaskManager(include_path=options.task_folder, include_defaults=False)
+        if all(manager.match_tasks([name]) for name in options.tasks):
+            return manager
     manager = TaskManager(include_path=options.task_folder)
     for name in options.tasks:
         if not manager.match_tasks([name]):
@@ -211,12 +216,11 @@ def check_tasks(options: LmEvalOptions) -> TaskManager:
     return manager
 
 
-def run_lm_eval(engine: Engine, options: LmEvalOptions, settings: Mapping[str, Any]) -> str:
-    """Run tasks, write lm_eval_results.json → lm-eval's table.
+def run_lm_eval(engine: Engine, manager: TaskManager, options: LmEvalOptions, settings: Mapping[str, Any]) -> str:
+    """Run tasks of the register that `check_tasks` gave, write lm_eval_results.json → lm-eval's table.
 
     Each answer is kept in a data base whose name holds a fingerprint of `settings`, so an interrupted run goes on.
     """
-    manager = check_tasks(options)
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
     cache = options.folder / f"lm_eval_{fingerprint}"
     if options.overwrite:
