@@ -69,7 +69,8 @@ def main() -> None:
     task = BoolQ()
     items = task.load(Path(args.data), LoadOptions())[args.start : args.start + args.count]
     reader = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left", pad_token="</s>")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.eval()
     if args.experts:
         model.set_experts_implementation(args.experts)
     tokens = tuple(reader(f": {word}", add_special_tokens=False).input_ids[-1] for word in ("yes", "no"))
