@@ -27,6 +27,7 @@ from eightfold.eval.task import Answer, Compare, Generate, Item, LoadOptions, Re
 from eightfold.eval.truthfulqa import PRIMER, TruthfulQA
 from eightfold.tokenizer import Tokenizer
 
+USERS_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # beside a checkout, where there is one
 NO_SHOTS = LoadOptions(shots=0)
 
 
@@ -196,6 +197,17 @@ def test_humaneval(tmp_path: Path) -> None:
     wrong = task.score(item, [said("\n    return x")])
     assert wrong.scores == {"pass@1": 0.0} and wrong.result == "failed: AssertionError"
     assert completion("no code") == ""
+
+
+@pytest.mark.skipif(not (USERS_DATA / "humaneval").is_dir(), reason="the data sets are not beside this checkout")
+def test_the_data_sets_own_solutions_pass() -> None:
+    task = HumanEval()
+    items = task.load(USERS_DATA / "humaneval", LoadOptions(allow_code_execution=True))
+    assert len(items) == 164
+    for item in items[::8]:
+        solution = said("\n" + item.data["canonical_solution"] + "\n\nprint('what a model may add')\n")
+        assert task.score(item, [solution]).result == "passed", item.key
+        assert task.score(item, [said("\n    return None")]).scores == {"pass@1": 0}, item.key
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def _tasks(args: argparse.Namespace, folder: Path) -> int:
         prompting = _prompting(task, args)
         own = {
             **settings,
-            "shots": task.default_shots if args.shots is None else args.shots,
+            "shots": task.default_shots if args.shots is None or task.default_shots is None else args.shots,
             "max_tokens": task.max_tokens,
             "max_input": prompting.max_input,
             "data": data_fingerprint(items),
@@ -111,11 +111,16 @@ def _load_data(tasks: list[Task], args: argparse.Namespace) -> list[tuple[Task, 
         tokenizer=load_tokenizer(config, folder, model),
         allow_code_execution=args.allow_code_execution,
     )
+    names = ", ".join(task.name for task in tasks)
+    if args.shots and all(task.default_shots is None for task in tasks):
+        raise EightfoldError(f"--shots {args.shots}: there are no examples in {names}")
+    if args.max_tokens is not None and not any(task.takes_max_tokens for task in tasks):
+        raise EightfoldError(
+            f"--max-tokens {args.max_tokens}: nothing is generated, or the data say how much, in {names}"
+        )
     loaded = []
     for task in tasks:
-        if args.shots and task.default_shots is None:
-            raise EightfoldError(f"--shots {args.shots}: {task.name} is scored without examples")
-        if args.max_tokens is not None:
+        if args.max_tokens is not None and task.takes_max_tokens:
             task.max_tokens = args.max_tokens  # type: ignore[misc]
         loaded.append((task, task.load(find_data(task.name, task.files, args.data), options)))
         if not loaded[-1][1]:

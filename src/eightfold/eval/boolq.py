@@ -13,6 +13,7 @@ class BoolQ(Task):
     """Files *.jsonl of title, question, passage, and answer (true or false)."""
 
     name, title, files = "boolq", "BoolQ", ("*.jsonl",)
+    takes_max_tokens = False
 
     def load(self, folder: Path, options: LoadOptions) -> list[Item]:
         kinds = {"title": str, "question": str, "passage": str, "answer": bool}

@@ -98,6 +98,7 @@ class Cmmlu(Task):
     four letters counts; the total is the mean over subjects."""
 
     name, title, files = "cmmlu", "CMMLU", ("test/*.csv",)
+    takes_max_tokens = False
     default_shots = 5
     total = "macro"
 

@@ -34,6 +34,7 @@ class LongBench(Task):
     dataset2prompt.json and dataset2maxlen.json. The total is the mean over sets."""
 
     name, title, files = "longbench", "LongBench", ("*.jsonl",)
+    takes_max_tokens = False
     max_input = None
     total = "macro"
     ending = ""

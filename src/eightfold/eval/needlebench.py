@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
 from collections.abc import Mapping, Sequence
@@ -43,7 +44,7 @@ class NeedleBench(Task):
     def load(self, folder: Path, options: LoadOptions) -> list[Item]:
         if not folder.is_dir():
             raise EightfoldError(f"{folder} is a file; needlebench needs the folder of its files")
-        self._options = options
+        self._options, self._lines = options, {}
         names = [name for name in HAYSTACKS if (folder / f"{name}.jsonl").is_file()]
         room = options.context - self.max_tokens
         lengths = [length for length in LENGTHS if length + FRAME <= room]
@@ -58,10 +59,18 @@ class NeedleBench(Task):
         items = []
         for subject in choose_subjects(subjects, options.subjects):
             name, _, length = subject.rpartition("-")
-            self._lines[name] = [row["text"] for _, row in read_jsonl(folder / f"{name}.jsonl", {"text": str})]
+            if name not in self._lines:
+                self._lines[name] = [row["text"] for _, row in read_jsonl(folder / f"{name}.jsonl", {"text": str})]
+            content = hashlib.sha256("\n".join(self._lines[name]).encode()).hexdigest()[:16]
             for repeat in range(REPEATS):
                 needle = random.Random(repeat).choice(needles[HAYSTACKS[name]])
-                facts = {"name": name, "length": int(length[:-1]) * 1000, "repeat": repeat, "needle": needle}
+                facts = {
+                    "name": name,
+                    "length": int(length[:-1]) * 1000,
+                    "repeat": repeat,
+                    "needle": needle,
+                    "texts": content,
+                }
                 for depth in DEPTHS:
                     key = f"{subject}:{repeat}:{depth}"
                     items.append(Item(key, subject, needle["arg2"], {**facts, "depth": depth}))

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from eightfold.eval.task import Record
 from eightfold.types import EightfoldError
@@ -18,7 +18,7 @@ class Records:
     written under others is refused unless `overwrite`. `done` are the finished items by key."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
-        """Raises EightfoldError if the file belongs to other settings, isn't one of ours, or can't be written."""
+        """Raises EightfoldError if the file belongs to other settings, or isn't one of ours."""
         self.path = path
         self.done: dict[str, Record] = {}
         settings = json.loads(json.dumps(settings))  # as it will be read again
@@ -31,24 +31,30 @@ class Records:
                 self.done[record.key] = record
         except TypeError:
             raise EightfoldError(f"{path} is not a records file of eightfold eval; choose another --output") from None
-        # Written anew, so that a line which an interruption cut short is gone.
-        with _writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(path.name + ".tmp")
-            kept = [{"settings": settings}, *(asdict(record) for record in self.done.values())]
-            temporary.write_text("".join(json.dumps(one) + "\n" for one in kept), encoding="utf-8")
-            temporary.replace(path)
-            self._file = path.open("a", encoding="utf-8")
+        self._settings = settings
+        self._file: IO[str] | None = None  # nothing is written before there is something to keep
 
     def add(self, record: Record) -> None:
-        """Keep a finished item, at once."""
+        """Keep a finished item, at once. Raises EightfoldError if the file can't be written."""
         with _writing(self.path):
-            self._file.write(json.dumps(asdict(record)) + "\n")
-            self._file.flush()
+            file = self._file = self._file or self._begin()
+            file.write(json.dumps(asdict(record)) + "\n")
+            file.flush()
         self.done[record.key] = record
 
     def close(self) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
+            self._file = None
+
+    def _begin(self) -> IO[str]:
+        """The file with what it has so far, written anew, so that a line which an interruption cut short is gone."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        kept = [{"settings": self._settings}, *(asdict(record) for record in self.done.values())]
+        temporary.write_text("".join(json.dumps(one) + "\n" for one in kept), encoding="utf-8")
+        temporary.replace(self.path)
+        return self.path.open("a", encoding="utf-8")
 
     def _lines(self) -> list[dict[str, Any]]:
         if not self.path.exists():

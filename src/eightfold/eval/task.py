@@ -96,6 +96,7 @@ class Task(ABC):
     default_shots: ClassVar[int | None] = None  # None: the data set takes no examples
     max_input: ClassVar[int | None] = MAX_INPUT  # None: as much as the model's context holds
     max_tokens: ClassVar[int] = MAX_OUTPUT
+    takes_max_tokens: ClassVar[bool] = True  # False: it generates nothing, or its files say how much
     total: ClassVar[str] = "micro"  # over items, or "macro": over subjects
 
     @abstractmethod

@@ -36,6 +36,7 @@ class TruthfulQA(Task):
     two with semicolons between). Rows without an incorrect answer are left out, as by the benchmark."""
 
     name, title, files = "truthfulqa", "TruthfulQA", ("TruthfulQA.csv",)
+    takes_max_tokens = False
 
     def load(self, folder: Path, options: LoadOptions) -> list[Item]:
         (path,) = files_in(folder, "TruthfulQA.csv")
