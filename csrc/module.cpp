@@ -1,5 +1,6 @@
 // eightfold._native: addresses and sizes in, nothing of torch. Every call releases the GIL.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/function.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -109,6 +110,14 @@ void route(Engine& engine, Address x, int64_t x_stride, Address gate, int gate_d
                 width, x_stride, gate_stride, experts, chosen});
 }
 
+// absmax, sums, parts, what makes them one
+using ExchangeTuple = std::tuple<Address, Address, Address, std::function<Address(int, int64_t)>>;
+
+Exchange exchange_of(const ExchangeTuple& tuple) {
+  const auto& [absmax, sums, parts, agree] = tuple;
+  return {pointer(absmax), pointer<int32_t>(sums), pointer(parts), agree};
+}
+
 std::vector<std::string> names(bool only_usable) {
   int count;
   const Variant* all = variants(&count);
@@ -127,6 +136,8 @@ NB_MODULE(_native, m) {
   m.def("known_isas", [] { return names(false); }, "Kernel variants of this build, best last.");
   m.def("available_isas", [] { return names(true); }, "Those that this processor can run, best last.");
   m.def("isa", [] { return std::string(find_variant("")->name); }, "The best variant that this processor can run.");
+  m.attr("SHARED_ROWS") = kSharedRows;
+  m.attr("MOE_TOKENS") = kMoeTokens;
   m.def("num_threads", &usable_cpus, "Processors that this process may use.");
   m.def(
       "probe_int8_peak",
@@ -167,22 +178,39 @@ NB_MODULE(_native, m) {
           [](LinearWeights& self, Address x, int64_t x_stride, int64_t tokens, Address out) {
             self.run(pointer(x), x_stride, tokens, pointer(out));
           },
+          release())
+      .def(
+          "run_shared",
+          [](LinearWeights& self, Address x, int64_t x_stride, int64_t tokens, Address out,
+             const ExchangeTuple& exchange) {
+            self.run_shared(pointer(x), x_stride, tokens, pointer(out), exchange_of(exchange));
+          },
           release());
 
   nb::class_<ExpertSet>(m, "Experts", "The experts of a layer.")
       .def(
           "__init__",
-          [](ExpertSet* self, Engine& engine, const std::vector<std::vector<MatrixTuple>>& experts, bool rounded) {
+          [](ExpertSet* self, Engine& engine, const std::vector<std::vector<MatrixTuple>>& experts, bool rounded,
+             int64_t first, int64_t total) {
             std::vector<std::vector<Matrix>> all;
             for (const auto& e : experts) all.push_back(matrices(e));
-            new (self) ExpertSet(engine, all, rounded);
+            new (self) ExpertSet(engine, all, rounded, first, total);
           },
           nb::keep_alive<1, 2>())
       .def(
           "run",
           [](ExpertSet& self, Address x, int64_t x_stride, int64_t tokens, Address ids, Address weights, int chosen,
              Address out) {
-            self.run(pointer(x), x_stride, tokens, pointer<int32_t>(ids), pointer(weights), chosen, pointer(out));
+            self.run(pointer(x), x_stride, tokens, pointer<int32_t>(ids), pointer(weights), chosen, pointer(out),
+                     nullptr);
+          },
+          release())
+      .def(
+          "run_shared",
+          [](ExpertSet& self, Address x, int64_t x_stride, int64_t tokens, Address ids, Address weights, int chosen,
+             Address out, const ExchangeTuple& exchange) {
+            const Exchange all = exchange_of(exchange);
+            self.run(pointer(x), x_stride, tokens, pointer<int32_t>(ids), pointer(weights), chosen, pointer(out), &all);
           },
           release());
 }

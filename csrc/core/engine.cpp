@@ -10,8 +10,7 @@ namespace {
 
 // Jobs below about this many elementary steps are done sooner than other threads would wake.
 constexpr int64_t kSmall = 1 << 15;
-constexpr int64_t kMoeTokens = 1024;   // tokens of a moe that go through together, so that its memory has a bound
-constexpr int64_t kGroupSlots = 256;   // the same for (token, expert) pairs whose inner values exist at once
+constexpr int64_t kGroupSlots = kSharedRows;  // of a moe, (token, expert) pairs whose inner values exist at once
 
 // Sizes of several arrays in one piece of memory.
 struct Layout {
@@ -140,6 +139,36 @@ void LinearWeights::run(const float* x, int64_t x_stride, int64_t tokens, float*
   args.tokens = tokens;
   args.out = out;
   args.out_stride = rows_;
+  std::lock_guard<std::mutex> lock(engine_.pool().mutex());
+  run_block(args, nullptr);
+}
+
+void LinearWeights::run_shared(const float* x, int64_t x_stride, int64_t tokens, float* out, const Exchange& exchange) {
+  const Matrix& w = plan_.weights[0];
+  const Input input = plan_.input[0];
+  require(plan_.count == 1 && (input == Input::i8 || input == Input::i8_rounded),
+          "ranks add up integer sums of one int8 matrix");
+  const Kernels& kernels = engine_.kernels();
+  Pool& pool = engine_.pool();
+  std::lock_guard<std::mutex> lock(pool.mutex());
+  for (int64_t first = 0; first < tokens; first += kSharedRows) {
+    Linear args = plan_;
+    args.x = x + first * x_stride;
+    args.x_stride = x_stride;
+    args.tokens = std::min(kSharedRows, tokens - first);
+    args.sums = exchange.sums;
+    const RowAbsmax rows{args.x, x_stride, args.tokens, w.cols, input, exchange.absmax};
+    eightfold::run(pool, kernels.row_absmax, rows, args.tokens * w.cols < kSmall);
+    const float* absmax = exchange.of_all<float>(Exchange::kAbsmax, args.tokens);
+    run_block(args, absmax);
+    const int32_t* sums = exchange.of_all<int32_t>(Exchange::kSums, args.tokens);
+    const ScaleSums scale{sums, absmax, &w, args.tokens, out + first * rows_};
+    eightfold::run(pool, kernels.scale_sums, scale, args.tokens * rows_ < kSmall);
+  }
+}
+
+void LinearWeights::run_block(Linear args, const float* absmax) {
+  const int64_t tokens = args.tokens;
   const int64_t width = args.weights[0].cols;
   Layout layout;
   PreparedPlace places[kInputs];
@@ -148,14 +177,19 @@ void LinearWeights::run(const float* x, int64_t x_stride, int64_t tokens, float*
     if (p.data < 0) p = place(layout, args.input[i], tokens, width, engine_.kernels().i8_bytes);
   }
   Pool& pool = engine_.pool();
-  std::lock_guard<std::mutex> lock(pool.mutex());
   char* memory = pool.shared(0, layout.bytes);
-  for (int i = 0; i < kInputs; i++) args.prepared[i] = at(places[i], memory);
+  for (int i = 0; i < kInputs; i++) {
+    args.prepared[i] = at(places[i], memory);
+    args.prepared[i].absmax = absmax;
+  }
   eightfold::run(pool, engine_.kernels().linear, args, tokens * width * rows_ < 4 * kSmall);
 }
 
-ExpertSet::ExpertSet(Engine& engine, const std::vector<std::vector<Matrix>>& experts, bool rounded) : engine_(engine) {
+ExpertSet::ExpertSet(Engine& engine, const std::vector<std::vector<Matrix>>& experts, bool rounded, int64_t first,
+                     int64_t total)
+    : engine_(engine), first_(first), total_(total) {
   require(!experts.empty(), "there are no experts");
+  require(first >= 0 && first + static_cast<int64_t>(experts.size()) <= total, "experts are outside the layer");
   for (const auto& e : experts) {
     require(e.size() == 3, "an expert is three matrices");
     const ExpertWeights w{e[0],
@@ -176,9 +210,9 @@ ExpertSet::ExpertSet(Engine& engine, const std::vector<std::vector<Matrix>>& exp
 }
 
 void ExpertSet::run(const float* x, int64_t x_stride, int64_t tokens, const int32_t* ids, const float* weights,
-                    int chosen, float* out) {
+                    int chosen, float* out, const Exchange* exchange) {
   for (int64_t i = 0; i < tokens * chosen; i++)
-    require(ids[i] >= 0 && ids[i] < static_cast<int64_t>(experts_.size()), "an expert's number is outside the layer");
+    require(ids[i] >= 0 && ids[i] < total_, "an expert's number is outside the layer");
   std::lock_guard<std::mutex> lock(engine_.pool().mutex());
   for (int64_t first = 0; first < tokens; first += kMoeTokens) {
     Moe args{};
@@ -191,13 +225,14 @@ void ExpertSet::run(const float* x, int64_t x_stride, int64_t tokens, const int3
     args.chosen = chosen;
     args.out = out + first * width_;
     args.slots = args.tokens * chosen;
-    run_block(args, ids + first * chosen);
+    run_block(args, ids + first * chosen, exchange);
   }
 }
 
-void ExpertSet::run_block(Moe args, const int32_t* ids) {
-  // Slots sorted by expert, in the order of the tokens within each.
-  std::vector<int64_t> starts(experts_.size() + 1, 0);
+void ExpertSet::run_block(Moe args, const int32_t* ids, const Exchange* exchange) {
+  // Slots sorted by expert, in the order of the tokens within each; those of our experts follow one another.
+  const int64_t all_slots = args.slots;
+  std::vector<int64_t> starts(total_ + 1, 0);
   for (int64_t i = 0; i < args.slots; i++) starts[ids[i] + 1]++;
   std::partial_sum(starts.begin(), starts.end(), starts.begin());
   std::vector<int64_t> next(starts.begin(), starts.end() - 1);
@@ -207,21 +242,23 @@ void ExpertSet::run_block(Moe args, const int32_t* ids) {
     slot_of[i] = static_cast<int32_t>(slot);
     slot_token[slot] = static_cast<int32_t>(i / args.chosen);
   }
+  const int64_t count = static_cast<int64_t>(experts_.size()), ours = starts[first_], end = starts[first_ + count];
+  args.slots = end - ours;
   std::vector<MoeSegment> segments;
   std::vector<int64_t> groups{0};
   int64_t in_group = 0, most = 0;
-  for (size_t e = 0; e < experts_.size(); e++)
-    for (int64_t first = starts[e]; first < starts[e + 1]; first += kGroupSlots) {
-      const int64_t count = std::min(kGroupSlots, starts[e + 1] - first);
-      if (in_group + count > kGroupSlots) {
+  for (int64_t e = 0; e < count; e++)
+    for (int64_t first = starts[first_ + e]; first < starts[first_ + e + 1]; first += kGroupSlots) {
+      const int64_t slots = std::min(kGroupSlots, starts[first_ + e + 1] - first);
+      if (in_group + slots > kGroupSlots) {
         groups.push_back(static_cast<int64_t>(segments.size()));
         in_group = 0;
       }
-      segments.push_back({&experts_[e], first, count});
-      in_group += count;
+      segments.push_back({&experts_[e], first - ours, slots});
+      in_group += slots;
       most = std::max(most, in_group);
     }
-  groups.push_back(static_cast<int64_t>(segments.size()));
+  if (!segments.empty()) groups.push_back(static_cast<int64_t>(segments.size()));
 
   Layout layout;
   PreparedPlace outer[kInputs], inner[kInputs];
@@ -230,7 +267,9 @@ void ExpertSet::run_block(Moe args, const int32_t* ids) {
     if (used_[i]) outer[i] = place(layout, static_cast<Input>(i), args.slots, args.width, i8_bytes);
     if (inner_used_[i]) inner[i] = place(layout, static_cast<Input>(i), most, args.inner, i8_bytes);
   }
-  const int64_t h = layout.add(most * args.inner * 4), parts = layout.add(args.slots * args.width * 4);
+  const bool all_parts = exchange && exchange->parts;
+  const int64_t h = layout.add(most * args.inner * 4);
+  const int64_t parts = layout.add(all_parts ? 0 : args.slots * args.width * 4);
   Pool& pool = engine_.pool();
   char* memory = pool.shared(0, layout.bytes);
   for (int i = 0; i < kInputs; i++) {
@@ -239,12 +278,49 @@ void ExpertSet::run_block(Moe args, const int32_t* ids) {
   }
   args.h = reinterpret_cast<float*>(memory + h);
   args.parts = reinterpret_cast<float*>(memory + parts);
-  args.slot_token = slot_token.data();
+  if (all_parts) {
+    std::fill(exchange->parts, exchange->parts + all_slots * args.width, 0.f);
+    args.parts = exchange->parts + ours * args.width;
+  } else {  // combined without those of other ranks
+    for (int32_t& slot : slot_of) slot = slot < ours || slot >= end ? -1 : slot - static_cast<int32_t>(ours);
+  }
+  args.slot_token = slot_token.data() + ours;
   args.slot_of = slot_of.data();
   args.segments = segments.data();
   args.group_starts = groups.data();
   args.groups = static_cast<int64_t>(groups.size()) - 1;
-  eightfold::run(pool, engine_.kernels().moe, args, args.slots * args.width * args.inner < kSmall);
+  if (!exchange) {
+    eightfold::run(pool, engine_.kernels().moe, args, args.slots * args.width * args.inner < kSmall);
+    return;
+  }
+  run_steps(args, *exchange);
+  MoeStep last{args, MoeStage::combine, 0, nullptr, nullptr};
+  if (all_parts) last.moe.parts = exchange->of_all<float>(Exchange::kParts, all_slots);
+  eightfold::run(pool, engine_.kernels().moe_step, last, args.tokens * args.width < kSmall);
+}
+
+void ExpertSet::run_steps(const Moe& args, const Exchange& exchange) {
+  const auto run_stage = [&](const MoeStep& step, int64_t work) {
+    eightfold::run(engine_.pool(), engine_.kernels().moe_step, step, work < kSmall);
+  };
+  MoeStep step{args, MoeStage::prepare, 0, nullptr, nullptr};
+  run_stage(step, args.slots * args.width);
+  for (step.group = 0; step.group < args.groups; step.group++) {
+    const MoeSegment &from = args.segments[args.group_starts[step.group]],
+                     &to = args.segments[args.group_starts[step.group + 1] - 1];
+    const int64_t slots = to.first + to.count - from.first;
+    step.absmax = exchange.absmax;
+    step.stage = MoeStage::up;
+    run_stage(step, slots * args.width * args.inner);
+    step.absmax = exchange.of_all<float>(Exchange::kAbsmax, slots);
+    for (Prepared& inner : step.moe.inner_prepared) inner.absmax = step.absmax;
+    step.sums = exchange.sums;
+    step.stage = MoeStage::down;
+    run_stage(step, slots * args.width * args.inner);
+    step.sums = exchange.of_all<int32_t>(Exchange::kSums, slots);
+    step.stage = MoeStage::scale;
+    run_stage(step, slots * args.width);
+  }
 }
 
 namespace {

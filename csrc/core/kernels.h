@@ -75,6 +75,7 @@ struct Prepared {
   int64_t stride = 0;
   float* scale = nullptr;  // i8: one a row
   int32_t* sum = nullptr;  // i8: 128 × the sum of a row
+  const float* absmax = nullptr;  // i8: of each row as all ranks see it, where they share its columns; else null
 };
 
 constexpr int kMostMatrices = 8;
@@ -88,6 +89,24 @@ struct Linear {
   Matrix weights[kMostMatrices];
   Input input[kMostMatrices];
   Prepared prepared[kInputs];  // by Input; data null where no matrix needs it
+  int32_t* sums;               // not null: the integer sums of the one matrix go here, [tokens, rows], and none to out
+};
+
+// Ranks that share the columns of an int8 product agree on the absmax of its rows and add up its integer sums.
+
+struct RowAbsmax {  // the largest magnitude of each row; NaN where it holds an infinity or a NaN
+  const float* x;
+  int64_t x_stride, tokens, width;
+  Input input;
+  float* absmax;
+};
+
+struct ScaleSums {
+  const int32_t* sums;  // [tokens, rows of w]
+  const float* absmax;  // of all ranks
+  const Matrix* w;
+  int64_t tokens;
+  float* out;
 };
 
 struct ExpertWeights {
@@ -119,6 +138,17 @@ struct Moe {
   float* parts;  // [slots, width]
 };
 
+// What happens between two exchanges with other ranks.
+enum class MoeStage { prepare, up, down, scale, combine };
+
+struct MoeStep {
+  Moe moe;
+  MoeStage stage;
+  int64_t group;  // of `up`, `down` and `scale`
+  float* absmax;  // [slots of the group]; `up` writes it, then the ranks agree on it
+  int32_t* sums;  // [slots of the group, width]; `down` writes it, then the ranks add theirs up
+};
+
 struct ProbeJob {
   int which;
   int64_t iterations;
@@ -137,6 +167,9 @@ struct Kernels {
   void (*route)(const Route&, Worker&);
   void (*linear)(const Linear&, Worker&);
   void (*moe)(const Moe&, Worker&);
+  void (*moe_step)(const MoeStep&, Worker&);
+  void (*row_absmax)(const RowAbsmax&, Worker&);
+  void (*scale_sums)(const ScaleSums&, Worker&);
   // Operations per iteration of a loop over registers (0: int8, 1: bf16, 2: fp32), and that loop; 3: reading memory.
   double (*probe_operations)(int which);
   void (*probe)(const ProbeJob&, Worker&);

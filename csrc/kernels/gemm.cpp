@@ -19,22 +19,31 @@ void prepare_float(const float* x, int64_t width, char* to, int64_t bytes, bool 
 // Symmetric by row: scale = absmax / 127, rounded half to even. Rows that are zero (or so small that 1 / scale would
 // not be finite) become zeros; a row with an infinity or a NaN gets the scale NaN, so that its results show it.
 template <bool kRound>
-void prepare_int8(const float* x, int64_t width, const Prepared& to, int64_t row) {
-  const auto load_x = [&](int64_t at) EF_LAMBDA {
-    const vf a = at + VL <= width ? load(x + at) : load_n(x + at, width - at);
-    return kRound ? rounded_to_bf16(a) : a;
-  };
-  quantized* out = reinterpret_cast<quantized*>(to.data + row * to.stride);
+EF_INLINE vf load_rounded(const float* x, int64_t at, int64_t width) {
+  const vf a = at + VL <= width ? load(x + at) : load_n(x + at, width - at);
+  return kRound ? rounded_to_bf16(a) : a;
+}
+
+template <bool kRound>
+float absmax_int8(const float* x, int64_t width) {
   vf most = zero(), bad = zero();
   for (int64_t i = 0; i < width; i += VL) {
-    const vf a = load_x(i);
+    const vf a = load_rounded<kRound>(x, i, width);
     most = largest(most, absolute(a));
     bad = fma(a, zero(), bad);  // NaN from the first infinity or NaN on, else 0
   }
-  const bool finite = sum(bad) == 0.f;
-  const float absmax = finite ? largest_of(most) : 0.f;
-  const bool empty = absmax < 1e-30f;
-  const vf inverse = set1(empty ? 0.f : 127.f / absmax);
+  return sum(bad) == 0.f ? largest_of(most) : __builtin_nanf("");
+}
+
+constexpr float kSmallestAbsmax = 1e-30f;
+
+template <bool kRound>
+void prepare_int8(const float* x, int64_t width, const Prepared& to, int64_t row) {
+  const auto load_x = [&](int64_t at) EF_LAMBDA { return load_rounded<kRound>(x, at, width); };
+  quantized* out = reinterpret_cast<quantized*>(to.data + row * to.stride);
+  const float absmax = to.absmax ? to.absmax[row] : absmax_int8<kRound>(x, width);
+  const bool finite = absmax - absmax == 0.f;
+  const vf inverse = set1(finite && absmax >= kSmallestAbsmax ? 127.f / absmax : 0.f);
   vi total = set1_int(0);
   int64_t k = 0;
   for (; k < width; k += VL) {
@@ -44,7 +53,7 @@ void prepare_int8(const float* x, int64_t width, const Prepared& to, int64_t row
   }
   for (; (k + VL) * static_cast<int64_t>(sizeof(quantized)) <= to.stride; k += VL)
     store_quantized(out + k, set1_int(0));
-  to.scale[row] = !finite ? __builtin_nanf("") : empty ? 0.f : absmax / 127.f;
+  to.scale[row] = scale_of(absmax);
 #if EIGHTFOLD_LEVEL >= 3
   to.sum[row] = 128 * sum(total);  // the weights are multiplied with 128 added
 #else
@@ -52,21 +61,15 @@ void prepare_int8(const float* x, int64_t width, const Prepared& to, int64_t row
 #endif
 }
 
-void scale_sums(const int32_t* c, int64_t rows, int64_t count, const Prepared& x, int64_t x_first, const float* scale,
-                float* out, int64_t out_stride) {
-  for (int64_t m = 0; m < rows; m++) {
-    const vi offset = set1_int(static_cast<int32_t>(0u - static_cast<uint32_t>(x.sum[x_first + m])));
-    const vf by = set1(x.scale[x_first + m]);
-    const int32_t* from = c + m * kMostColumns;
-    float* to = out + m * out_stride;
-    for (int64_t n = 0; n < count; n += VL) {  // scratch rows are whole vectors
-      const int64_t left = smaller<int64_t>(VL, count - n);
-      const vf scaled = mul(mul(to_float(add(load_ints(from + n), offset)), by), load_n(scale + n, left));
-      if (left == VL) {
-        store(to + n, scaled);
-      } else {
-        store_n(to + n, scaled, left);
-      }
+void scaled(const int32_t* from, int32_t minus, float by, const float* scale, int64_t count, float* to) {
+  const vi offset = set1_int(static_cast<int32_t>(0u - static_cast<uint32_t>(minus)));
+  for (int64_t n = 0; n < count; n += VL) {  // scratch rows are whole vectors
+    const int64_t left = smaller<int64_t>(VL, count - n);
+    const vf y = mul(mul(to_float(add(load_ints(from + n), offset)), set1(by)), load_n(scale + n, left));
+    if (left == VL) {
+      store(to + n, y);
+    } else {
+      store_n(to + n, y, left);
     }
   }
 }
@@ -115,6 +118,38 @@ void prepare_row(Input input, const float* x, int64_t width, const Prepared& to,
   }
 }
 
+float absmax_of(Input input, const float* x, int64_t width) {
+  return input == Input::i8_rounded ? absmax_int8<true>(x, width) : absmax_int8<false>(x, width);
+}
+
+float scale_of(float absmax) {
+  if (absmax - absmax != 0.f) return __builtin_nanf("");
+  return absmax < kSmallestAbsmax ? 0.f : absmax / 127.f;
+}
+
+void scale_row(const int32_t* from, float by, const float* scale, int64_t count, float* to) {
+  const int64_t whole = count / VL * VL;
+  scaled(from, 0, by, scale, whole, to);
+  if (whole == count) return;
+  int32_t rest[VL] = {};  // the memory may end with the row
+  std::memcpy(rest, from + whole, static_cast<size_t>(count - whole) * sizeof *rest);
+  scaled(rest, 0, by, scale + whole, count - whole, to + whole);
+}
+
+void multiply_integers(const Matrix& w, const Prepared& x, int64_t x_first, int64_t rows, int64_t first, int64_t count,
+                       int32_t* out, int64_t out_stride, void* scratch, Upcoming after) {
+  int32_t* c = static_cast<int32_t*>(scratch);
+  const int64_t x_stride = x.stride / static_cast<int64_t>(sizeof(quantized));
+  product<DotInt8>(reinterpret_cast<const quantized*>(x.data) + x_first * x_stride, x_stride, rows,
+                   static_cast<const int8_t*>(w.data) + first * w.stride, w.stride, count, w.cols, c, kMostColumns,
+                   after);
+  for (int64_t m = 0; m < rows; m++) {
+    const uint32_t offset = static_cast<uint32_t>(x.sum[x_first + m]);
+    for (int64_t n = 0; n < count; n++)
+      out[m * out_stride + n] = static_cast<int32_t>(static_cast<uint32_t>(c[m * kMostColumns + n]) - offset);
+  }
+}
+
 void multiply(const Matrix& w, [[maybe_unused]] Input input, const Prepared& x, int64_t x_first, int64_t rows,
               int64_t first, int64_t count, float* out, int64_t out_stride, void* scratch, Upcoming after) {
   if (w.dtype == Dtype::i8 && !w.float_input) {
@@ -123,7 +158,10 @@ void multiply(const Matrix& w, [[maybe_unused]] Input input, const Prepared& x, 
     product<DotInt8>(reinterpret_cast<const quantized*>(x.data) + x_first * x_stride, x_stride, rows,
                      static_cast<const int8_t*>(w.data) + first * w.stride, w.stride, count, w.cols, c, kMostColumns,
                      after);
-    return scale_sums(c, rows, count, x, x_first, w.scale + first, out, out_stride);
+    for (int64_t m = 0; m < rows; m++)
+      scaled(c + m * kMostColumns, x.sum[x_first + m], x.scale[x_first + m], w.scale + first, count,
+             out + m * out_stride);
+    return;
   }
 #if EIGHTFOLD_LEVEL >= 3
   if (input == Input::bf16 && w.dtype == Dtype::i8)

@@ -294,7 +294,20 @@ void product(const typename D::X* x, int64_t x_stride, int64_t rows, const typen
 void multiply(const Matrix& w, Input input, const Prepared& x, int64_t x_first, int64_t rows, int64_t first,
               int64_t count, float* out, int64_t out_stride, void* scratch, Upcoming after);
 
+// The same of an int8 matrix as integers, before any scale: what ranks add up that share the columns.
+void multiply_integers(const Matrix& w, const Prepared& x, int64_t x_first, int64_t rows, int64_t first, int64_t count,
+                       int32_t* out, int64_t out_stride, void* scratch, Upcoming after);
+
 // One row of activations → as the product reads it.
 void prepare_row(Input input, const float* x, int64_t width, const Prepared& to, int64_t row);
+
+// The largest magnitude of a row as `prepare_row` would quantize it; NaN where it holds an infinity or a NaN.
+float absmax_of(Input input, const float* x, int64_t width);
+
+// What a quantized step of a row with this absmax is worth.
+float scale_of(float absmax);
+
+// to[n] = from[n] · by · scale[n], as floats, rounded after each product
+void scale_row(const int32_t* from, float by, const float* scale, int64_t count, float* to);
 
 }  // namespace eightfold::EIGHTFOLD_ISA

@@ -62,43 +62,65 @@ void swiglu_chunk(const Moe& a, const MoeSegment& segment, int64_t chunk, int64_
   }
 }
 
-void down_chunk(const Moe& a, const MoeSegment& segment, int64_t chunk, int64_t group_first, char* scratch,
-                Upcoming after) {
+void down_chunk(const Moe& a, const MoeSegment& segment, int64_t chunk, int64_t group_first, int32_t* sums,
+                char* scratch, Upcoming after) {
   const ExpertWeights& e = *segment.expert;
   const int64_t first = chunk * kMostColumns, count = smaller(kMostColumns, a.width - first);
   const Blocks blocks(segment.count);
   for (int64_t b = 0; b < blocks.count; b++) {
     const int64_t from = segment.first + blocks.start(b), rows = segment.first + blocks.start(b + 1) - from;
-    multiply(e.w2, e.input2, a.inner_prepared[static_cast<int>(e.input2)], from - group_first, rows, first, count,
-             a.parts + from * a.width + first, a.width, scratch,
-             b + 1 < blocks.count ? rows_from(e.w2, first) : after);
+    const Prepared& h = a.inner_prepared[static_cast<int>(e.input2)];
+    const Upcoming next = b + 1 < blocks.count ? rows_from(e.w2, first) : after;
+    if (sums) {
+      multiply_integers(e.w2, h, from - group_first, rows, first, count, sums + (from - group_first) * a.width + first,
+                        a.width, scratch, next);
+    } else {
+      multiply(e.w2, e.input2, h, from - group_first, rows, first, count, a.parts + from * a.width + first, a.width,
+               scratch, next);
+    }
   }
 }
 
-void one_group(const Moe& a, int64_t group, Worker& worker, char* scratch) {
-  const int64_t begin = a.group_starts[group], end = a.group_starts[group + 1];
-  const int64_t first = a.segments[begin].first, slots = a.segments[end - 1].first + a.segments[end - 1].count - first;
+// The segments [begin, end) of a group and the slots in them.
+struct Group {
+  Group(const Moe& a, int64_t group)
+      : begin(a.group_starts[group]),
+        end(a.group_starts[group + 1]),
+        first(a.segments[begin].first),
+        slots(a.segments[end - 1].first + a.segments[end - 1].count - first) {}
+  int64_t begin, end, first, slots;
+};
+
+void up(const Moe& a, const Group& group, Worker& worker, char* scratch) {
+  const int64_t chunks = chunks_of(a.inner), items = (group.end - group.begin) * chunks;
   int64_t item, next;
-
-  const int64_t inner_chunks = chunks_of(a.inner);
-  while (worker.next((end - begin) * inner_chunks, &item)) {
+  while (worker.next(items, &item)) {
     Upcoming after;
-    if (worker.peek((end - begin) * inner_chunks, &next))
-      after = rows_from(a.segments[begin + next / inner_chunks].expert->w1, next % inner_chunks * kMostColumns);
-    swiglu_chunk(a, a.segments[begin + item / inner_chunks], item % inner_chunks, first, scratch, after);
+    if (worker.peek(items, &next))
+      after = rows_from(a.segments[group.begin + next / chunks].expert->w1, next % chunks * kMostColumns);
+    swiglu_chunk(a, a.segments[group.begin + item / chunks], item % chunks, group.first, scratch, after);
   }
-  worker.end_phase((end - begin) * inner_chunks);
+  worker.end_phase(items);
+}
 
-  prepare_rows(worker, a.h, a.inner, nullptr, a.inner, 0, slots, a.inner_prepared);
-
-  const int64_t chunks = chunks_of(a.width);
-  while (worker.next((end - begin) * chunks, &item)) {
+// To `parts`, or as integers to `sums` where they are given.
+void down(const Moe& a, const Group& group, int32_t* sums, Worker& worker, char* scratch) {
+  prepare_rows(worker, a.h, a.inner, nullptr, a.inner, 0, group.slots, a.inner_prepared);
+  const int64_t chunks = chunks_of(a.width), items = (group.end - group.begin) * chunks;
+  int64_t item, next;
+  while (worker.next(items, &item)) {
     Upcoming after;
-    if (worker.peek((end - begin) * chunks, &next))
-      after = rows_from(a.segments[begin + next / chunks].expert->w2, next % chunks * kMostColumns);
-    down_chunk(a, a.segments[begin + item / chunks], item % chunks, first, scratch, after);
+    if (worker.peek(items, &next))
+      after = rows_from(a.segments[group.begin + next / chunks].expert->w2, next % chunks * kMostColumns);
+    down_chunk(a, a.segments[group.begin + item / chunks], item % chunks, group.first, sums, scratch, after);
   }
-  worker.end_phase((end - begin) * chunks);
+  worker.end_phase(items);
+}
+
+void absmax_rows(const RowAbsmax& a, Worker& worker) {
+  int64_t row;
+  while (worker.next(a.tokens, &row)) a.absmax[row] = absmax_of(a.input, a.x + row * a.x_stride, a.width);
+  worker.end_phase(a.tokens);
 }
 
 // The weighted sum in the order of the token's choices, each product rounded before it is added.
@@ -108,7 +130,9 @@ void combine(const Moe& a, int64_t token) {
     const int64_t left = smaller<int64_t>(VL, a.width - i);
     vf total = zero();
     for (int c = 0; c < a.chosen; c++) {
-      const float* part = a.parts + a.slot_of[token * a.chosen + c] * a.width + i;
+      const int32_t slot = a.slot_of[token * a.chosen + c];
+      if (slot < 0) continue;  // another rank's
+      const float* part = a.parts + slot * a.width + i;
       total = add(total, mul(load_n(part, left), set1(a.weights[token * a.chosen + c])));
     }
     store_n(out + i, total, left);
@@ -132,6 +156,26 @@ Chunk chunk_of(const Linear& a, int64_t item) {
   return chunk;
 }
 
+void combine_tokens(const Moe& a, Worker& worker) {
+  int64_t item;
+  const int64_t items = (a.tokens + kRowsOfItem - 1) / kRowsOfItem;
+  while (worker.next(items, &item))
+    for (int64_t t = item * kRowsOfItem; t < smaller(a.tokens, (item + 1) * kRowsOfItem); t++) combine(a, t);
+  worker.end_phase(items);
+}
+
+void scale_group(const MoeStep& step, const Group& group, Worker& worker) {
+  const Moe& a = step.moe;
+  int64_t item;
+  while (worker.next(group.end - group.begin, &item)) {
+    const MoeSegment& segment = a.segments[group.begin + item];
+    for (int64_t slot = segment.first; slot < segment.first + segment.count; slot++)
+      scale_row(step.sums + (slot - group.first) * a.width, scale_of(step.absmax[slot - group.first]),
+                segment.expert->w2.scale, a.width, a.parts + slot * a.width);
+  }
+  worker.end_phase(group.end - group.begin);
+}
+
 }  // namespace
 
 void linear(const Linear& a, Worker& worker) {
@@ -153,9 +197,14 @@ void linear(const Linear& a, Worker& worker) {
     const int64_t first = chunk.first, count = smaller(kMostColumns, w.rows - first);
     for (int64_t b = 0; b < blocks.count; b++) {
       const int64_t from = blocks.start(b), rows = blocks.start(b + 1) - from;
-      multiply(w, a.input[which], a.prepared[static_cast<int>(a.input[which])], from, rows, first, count,
-               a.out + chunk.column + from * a.out_stride, a.out_stride, scratch,
-               b + 1 < blocks.count ? rows_from(w, first) : upcoming);
+      const Prepared& x = a.prepared[static_cast<int>(a.input[which])];
+      const Upcoming after = b + 1 < blocks.count ? rows_from(w, first) : upcoming;
+      if (a.sums) {
+        multiply_integers(w, x, from, rows, first, count, a.sums + from * w.rows + first, w.rows, scratch, after);
+      } else {
+        multiply(w, a.input[which], x, from, rows, first, count, a.out + chunk.column + from * a.out_stride,
+                 a.out_stride, scratch, after);
+      }
     }
   }
   worker.end_phase(items);
@@ -164,12 +213,43 @@ void linear(const Linear& a, Worker& worker) {
 void moe(const Moe& a, Worker& worker) {
   prepare_rows(worker, a.x, a.x_stride, a.slot_token, a.width, 0, a.slots, a.prepared);
   char* scratch = worker.scratch(3 * kScratchSums * sizeof(float));
-  for (int64_t group = 0; group < a.groups; group++) one_group(a, group, worker, scratch);
-  int64_t item;
-  const int64_t items = (a.tokens + kRowsOfItem - 1) / kRowsOfItem;
-  while (worker.next(items, &item))
-    for (int64_t t = item * kRowsOfItem; t < smaller(a.tokens, (item + 1) * kRowsOfItem); t++) combine(a, t);
-  worker.end_phase(items);
+  for (int64_t number = 0; number < a.groups; number++) {
+    const Group group(a, number);
+    up(a, group, worker, scratch);
+    down(a, group, nullptr, worker, scratch);
+  }
+  combine_tokens(a, worker);
+}
+
+void moe_step(const MoeStep& step, Worker& worker) {
+  const Moe& a = step.moe;
+  char* scratch = worker.scratch(3 * kScratchSums * sizeof(float));
+  switch (step.stage) {
+    case MoeStage::prepare:
+      return prepare_rows(worker, a.x, a.x_stride, a.slot_token, a.width, 0, a.slots, a.prepared);
+    case MoeStage::up: {
+      const Group group(a, step.group);
+      const Input input = a.segments[group.begin].expert->input2;
+      up(a, group, worker, scratch);
+      return absmax_rows({a.h, a.inner, group.slots, a.inner, input, step.absmax}, worker);
+    }
+    case MoeStage::down:
+      return down(a, Group(a, step.group), step.sums, worker, scratch);
+    case MoeStage::scale:
+      return scale_group(step, Group(a, step.group), worker);
+    case MoeStage::combine:
+      return combine_tokens(a, worker);
+  }
+}
+
+void row_absmax(const RowAbsmax& a, Worker& worker) { absmax_rows(a, worker); }
+
+void scale_sums(const ScaleSums& a, Worker& worker) {
+  const int64_t width = a.w->rows;
+  int64_t row;
+  while (worker.next(a.tokens, &row))
+    scale_row(a.sums + row * width, scale_of(a.absmax[row]), a.w->scale, width, a.out + row * width);
+  worker.end_phase(a.tokens);
 }
 
 }  // namespace eightfold::EIGHTFOLD_ISA

@@ -13,6 +13,9 @@ void attention(const Attention&, Worker&);
 void route(const Route&, Worker&);
 void linear(const Linear&, Worker&);
 void moe(const Moe&, Worker&);
+void moe_step(const MoeStep&, Worker&);
+void row_absmax(const RowAbsmax&, Worker&);
+void scale_sums(const ScaleSums&, Worker&);
 
 namespace {
 
@@ -135,6 +138,9 @@ const Kernels kernels = {
     route,
     linear,
     moe,
+    moe_step,
+    row_absmax,
+    scale_sums,
     probe_operations,
     probe,
 };

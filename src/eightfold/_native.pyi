@@ -1,8 +1,14 @@
 """The CPU kernels (csrc/module.cpp): addresses and sizes in; `eightfold.ops.cpu` is the interface."""
 
+from collections.abc import Callable
+
 # data, scales, rows, columns, stride, dtype code, whether int8 takes float activations
 _Matrix = tuple[int, int, int, int, int, int, bool]
+_Exchange = tuple[int, int, int, Callable[[int, int], int]]  # absmax, sums, parts, agree(which, rows) → address
 _Strides = tuple[int, int, int]  # of page, head, position, in elements
+
+SHARED_ROWS: int  # tokens or slots of which ranks exchange absmax and sums at once
+MOE_TOKENS: int  # tokens of which they exchange parts at once
 
 def known_isas() -> list[str]: ...
 def available_isas() -> list[str]: ...
@@ -107,7 +113,22 @@ class Engine:
 class Linear:
     def __init__(self, engine: Engine, weights: list[_Matrix], rounded: bool, /) -> None: ...
     def run(self, x: int, x_stride: int, tokens: int, out: int, /) -> None: ...
+    def run_shared(self, x: int, x_stride: int, tokens: int, out: int, exchange: _Exchange, /) -> None: ...
 
 class Experts:
-    def __init__(self, engine: Engine, experts: list[list[_Matrix]], rounded: bool, /) -> None: ...
+    def __init__(
+        self, engine: Engine, experts: list[list[_Matrix]], rounded: bool, first: int, total: int, /
+    ) -> None: ...
     def run(self, x: int, x_stride: int, tokens: int, ids: int, weights: int, chosen: int, out: int, /) -> None: ...
+    def run_shared(
+        self,
+        x: int,
+        x_stride: int,
+        tokens: int,
+        ids: int,
+        weights: int,
+        chosen: int,
+        out: int,
+        exchange: _Exchange,
+        /,
+    ) -> None: ...

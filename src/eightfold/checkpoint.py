@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -134,6 +134,10 @@ class Checkpoint:
             if tensor.dtype not in what.dtypes:
                 dtypes = " or ".join(_dtype_name(dtype) for dtype in what.dtypes)
                 raise EightfoldError(f"tensor {name!r} in {where} is {_dtype_name(tensor.dtype)}, expected {dtypes}")
+
+    def only(self, names: Container[str]) -> Checkpoint:
+        """Of the same folder, the tensors of these names."""
+        return Checkpoint({name: tensor for name, tensor in self._tensors.items() if name in names}, self._files)
 
     @property
     def total_bytes(self) -> int:

@@ -72,6 +72,7 @@ class EngineConfig:
     skip_tokenizer_init: bool = False
     load_mode: str = "mmap"
     allow_pickle: bool = False
+    exact_ranks: bool = True
     seed: int = 0
 
 

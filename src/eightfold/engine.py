@@ -103,6 +103,10 @@ class Engine:
         self._requests[request.request_id] = state
         self._num_added += 1
 
+    def close(self) -> None:
+        """Let other ranks go, where there are any. The engine can't be used afterwards."""
+        self._runner.close()
+
     def abort(self, request_id: str) -> RequestOutput | None:
         """Stop a request and free its pages; its output so far, or None if there is no such request."""
         state = self._requests.get(request_id)

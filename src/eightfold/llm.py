@@ -46,6 +46,7 @@ class LLM:
         skip_tokenizer_init: bool = False,
         load_mode: str = "mmap",
         allow_pickle: bool = False,
+        exact_ranks: bool = True,
         trust_remote_code: bool = False,
         seed: int = 0,
         progress: Progress | None = None,

@@ -1,9 +1,15 @@
-"""From an EngineConfig to a running Engine: find the folder, check all of it, then load."""
+"""From an EngineConfig to a running Engine: find the folder, check all of it, then load.
+
+Where several ranks run one model, rank 0 has the engine (`load_engine`) and the others follow it (`follow`).
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,8 +22,10 @@ from eightfold.kv_cache import PagePool
 from eightfold.machine import available_memory
 from eightfold.model import Mixtral, stored_tensors
 from eightfold.ops import Ops, get_ops
+from eightfold.parallel import Group, Ranks, alone
 from eightfold.runner import Runner
 from eightfold.scheduler import Scheduler
+from eightfold.sharding import shard_of
 from eightfold.tokenizer import Tokenizer
 from eightfold.types import EightfoldError, Progress
 
@@ -31,37 +39,106 @@ DTYPES = {
 KV_DTYPES = {**DTYPES, "int8": torch.int8}
 SCALE_BYTES = 4  # int8 keys and values have an fp32 scale for each token and head
 LOG = logging.getLogger("eightfold")
+FINGERPRINT_ELEMENTS = 256
 DEFAULT_KV_SHARE = 8  # without a wish, keys and values may take this part of the free memory, or one full context
 
 
-def load_engine(config: EngineConfig, progress: Progress | None = None) -> Engine:
-    """Raises EightfoldError, before anything large is loaded, if the folder, an option or the memory won't do.
+def load_engine(config: EngineConfig, progress: Progress | None = None, ranks: Ranks | None = None) -> Engine:
+    """The engine of a rank that works alone, or of rank 0 of several.
 
-    `progress` hears of the bytes of weights that have come into memory.
+    Raises EightfoldError, before anything large is loaded, if the folder, an option or the memory won't do, or the
+    model can't be shared out so. `progress` hears of the bytes of weights that have come into memory.
     """
     check_options(config)
     folder = resolve(config.model)
     model_config = load_model_config(folder)
     tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, folder, model_config)
+    max_model_len = _context(config, model_config)
+    runner = _load_runner(config, folder, model_config, ranks or alone(), progress)
+    pool = PagePool(runner.num_pages, config.block_size, config.enable_prefix_caching)
+    scheduler = Scheduler(pool, config.max_num_seqs, config.max_num_batched_tokens)
+    return Engine(runner, scheduler, tokenizer, model_config.eos_token_ids, max_model_len, config.seed)
+
+
+def follow(config: EngineConfig, ranks: Ranks) -> None:
+    """What every rank but rank 0 does: load its part of the model, and run what rank 0 says until it closes its engine.
+
+    Raises EightfoldError as `load_engine` does, and if its model, its weights or its kernels are not those of rank 0.
+    """
+    check_options(config)
+    folder = resolve(config.model)
+    _load_runner(config, folder, load_model_config(folder), ranks, None).follow()
+
+
+def _load_runner(
+    config: EngineConfig, folder: Path, model_config: ModelConfig, ranks: Ranks, progress: Progress | None
+) -> Runner:
+    ranks = replace(ranks, exact=config.exact_ranks)
+    shard = shard_of(model_config, ranks)
     checkpoint = Checkpoint.open(folder, model_config, config.allow_pickle)
     checkpoint.check(stored_tensors(model_config))
     dtype = named_dtype("dtype", config.dtype, checkpoint.main_dtype)
     kv_dtype = kv_cache_dtype(config.kv_cache_dtype, dtype)
     ops = get_ops(config.device, dtype, config.threads, config.strict_kernels)
     max_model_len = _context(config, model_config)
-    num_pages = kv_pages(config, model_config, max_model_len, kv_dtype, ops)
-    checkpoint = _into_memory(checkpoint, folder, model_config, config, progress)
-    model = Mixtral.load(model_config, checkpoint, ops, max_model_len)
-    runner = Runner(model, num_pages, config.block_size, kv_dtype)
-    pool = PagePool(num_pages, config.block_size, config.enable_prefix_caching)
-    scheduler = Scheduler(pool, config.max_num_seqs, config.max_num_batched_tokens)
-    return Engine(runner, scheduler, tokenizer, model_config.eos_token_ids, max_model_len, config.seed)
+    if ranks.world.size > 1:
+        _compare(ranks.world, model_config, checkpoint, ops)
+    mine = replace(model_config, num_kv_heads=shard.kv_heads)
+    num_pages = _least(ranks.world, kv_pages(config, mine, max_model_len, kv_dtype, ops, ranks.local_size))
+    checkpoint = checkpoint.only(stored_tensors(model_config, shard.experts))
+    checkpoint = _into_memory(checkpoint, folder, model_config, config, progress, ranks.local_size)
+    model = Mixtral.load(model_config, checkpoint, ops, max_model_len, ranks)
+    return Runner(model, num_pages, config.block_size, kv_dtype, ranks.world)
+
+
+def _compare(world: Group, model_config: ModelConfig, checkpoint: Checkpoint, ops: Ops) -> None:
+    """Raises EightfoldError where this rank would not compute what rank 0 computes. That both run the same version with
+    the same options is known already."""
+    mine = {
+        "the model's config": str(model_config),
+        "the checkpoint": f"one of digest {_fingerprint(checkpoint)}",
+        # Others round otherwise, and ranks that each route for themselves would drift apart.
+        "the kind of kernels": ops.kernel("moe", model_config.scheme),
+    }
+    first = json.loads(world.broadcast(json.dumps(mine).encode() if world.rank == 0 else None))
+    for what, value in mine.items():
+        if first[what] != value:
+            raise EightfoldError(
+                f"rank {world.rank} differs from rank 0: {what} is {value} here, and {first[what]} there; all ranks "
+                "need the same"
+            )
+
+
+def _fingerprint(checkpoint: Checkpoint) -> str:
+    """A digest of all names, shapes and dtypes, and of the beginning of each tensor: other weights, other digest."""
+    digest = hashlib.sha256()
+    for name in sorted(checkpoint.names()):
+        tensor = checkpoint.tensor(name)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.reshape(-1)[:FINGERPRINT_ELEMENTS].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _least(world: Group, pages: int) -> int:
+    """The smallest of the ranks' numbers of pages; the sum of vectors that are zero elsewhere shows all of them."""
+    everyone = torch.zeros(world.size, dtype=torch.int32)
+    everyone[world.rank] = min(pages, torch.iinfo(torch.int32).max)
+    return int(world.all_reduce_sum(everyone).min())
 
 
 def _into_memory(
-    checkpoint: Checkpoint, folder: Path, model_config: ModelConfig, config: EngineConfig, progress: Progress | None
+    checkpoint: Checkpoint,
+    folder: Path,
+    model_config: ModelConfig,
+    config: EngineConfig,
+    progress: Progress | None,
+    local_size: int,
 ) -> Checkpoint:
     """The checkpoint's bytes brought into memory as `--load-mode` says, as far as they fit."""
+    if config.load_mode == "copy" and local_size > 1:
+        raise EightfoldError(
+            f"--load-mode copy would copy the weights {local_size} times: use mmap or lock, which all ranks share"
+        )
     need, free = checkpoint.total_bytes, available_memory()
     if need <= free:
         if config.load_mode == "mmap":
@@ -103,16 +180,22 @@ def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
 
 
 def kv_pages(
-    config: EngineConfig, model_config: ModelConfig, max_model_len: int, kv_dtype: torch.dtype, ops: Ops
+    config: EngineConfig,
+    model_config: ModelConfig,
+    max_model_len: int,
+    kv_dtype: torch.dtype,
+    ops: Ops,
+    local_size: int = 1,
 ) -> int:
-    """How many pages to hold: `--kv-cache-memory-bytes`, or what serves the options without filling the memory.
+    """How many pages to hold: `--kv-cache-memory-bytes`, or what serves the options without filling the memory, of
+    which each of `local_size` ranks has its share.
 
     Raises EightfoldError, saying how many tokens fit, if that is less than one sequence of `max_model_len`.
     """
     page = config.block_size * kv_bytes_per_token(model_config, kv_dtype)
     needed = -(-max_model_len // config.block_size)
     useful = config.max_num_seqs * needed
-    available = ops.available_memory()
+    available = ops.available_memory() // local_size
     if config.kv_cache_memory_bytes is None:
         pages = min(useful, max(needed, available // DEFAULT_KV_SHARE // page))
     else:

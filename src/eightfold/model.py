@@ -1,7 +1,8 @@
 """All of Mixtral: the table of its weights, and the forward pass over one ragged batch.
 
 Shapes: T tokens of the batch, L logit rows, H hidden, V vocabulary, Hq and Hkv heads of size D, E experts, I expert
-width. Everything that depends on a device or a number format is behind `Ops` and `Scheme`.
+width. With several ranks Hq, Hkv, E and I are this rank's (`sharding`); H and V are never cut. Everything that
+depends on a device or a number format is behind `Ops` and `Scheme`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import torch
 from torch import Tensor
 
 from eightfold.config import ModelConfig
-from eightfold.ops import Batch, Expert, Ops, Pages, Rope, Weight
+from eightfold.ops import Batch, Expert, ExpertShare, Ops, Pages, Rope
+from eightfold.parallel import Ranks, alone
 from eightfold.quant import Part, Scheme, get_scheme
+from eightfold.quant import Weight as StoredWeight
 from eightfold.rope import rope_tables
+from eightfold.sharding import Shard, shard_of, vocabulary_columns
 from eightfold.types import EightfoldError
 
 
@@ -61,23 +65,25 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
     }
 
 
-def weight_table(config: ModelConfig) -> dict[str, WeightSpec]:
-    """Every weight of the model by its full name, without the last part (".weight")."""
+def weight_table(config: ModelConfig, experts: Sequence[int] | None = None) -> dict[str, WeightSpec]:
+    """Every weight of the model by its full name, without the last part (".weight"); of `experts` only, or of all."""
+    experts = range(config.num_experts) if experts is None else experts
     table = {name: spec for name, spec in TOP.items() if not (name == "lm_head" and config.tie_word_embeddings)}
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}"
         table.update({f"{prefix}.{name}": spec for name, spec in LAYER.items()})
-        for expert in range(config.num_experts):
+        for expert in experts:
             moe = f"{prefix}.block_sparse_moe.experts.{expert}"
             table.update({f"{moe}.{name}": spec for name, spec in EXPERT.items()})
     return table
 
 
-def stored_tensors(config: ModelConfig) -> dict[str, Part]:
-    """Every tensor that a checkpoint of this model holds, by full name, with the shapes and dtypes it may have."""
+def stored_tensors(config: ModelConfig, experts: Sequence[int] | None = None) -> dict[str, Part]:
+    """Every tensor that a checkpoint of this model holds, by full name, with the shapes and dtypes it may have; of
+    `experts` only, or of all."""
     sizes, dense, scheme = axis_sizes(config), get_scheme("dense"), get_scheme(config.scheme)
     tensors: dict[str, Part] = {}
-    for name, spec in weight_table(config).items():
+    for name, spec in weight_table(config, experts).items():
         shape = tuple(sizes[axis] for axis in spec.axes)
         parts = (scheme if spec.quantizable else dense).stored(shape)  # type: ignore[arg-type]
         tensors.update({f"{name}.{part}": what for part, what in parts.items()})
@@ -113,10 +119,12 @@ class LayerOutput(NamedTuple):
 
 
 class Loader:
-    """Takes weights from a source and prepares them for a backend, one after the other."""
+    """Takes a rank's part of the weights from a source and prepares it for a backend, one after the other."""
 
-    def __init__(self, config: ModelConfig, source: Tensors, ops: Ops) -> None:
+    def __init__(self, config: ModelConfig, source: Tensors, ops: Ops, shard: Shard) -> None:
+        self.shard = shard
         self._table = weight_table(config)
+        self._num_experts = config.num_experts
         self._sizes = axis_sizes(config)
         self._dense, self._scheme = get_scheme("dense"), get_scheme(config.scheme)
         self._names = frozenset(source.names())
@@ -125,36 +133,48 @@ class Loader:
 
     def tensor(self, name: str) -> Tensor:
         """A norm, gate or embedding, on the device."""
-        return self._ops.prepare_tensor(self._float(f"{name}.weight"))
+        return self._ops.prepare_tensor(self._float(self._source.tensor(f"{name}.weight")))
 
     def linear(self, *names: str) -> Any:
-        """A handle for the matrices side by side."""
-        return self._ops.prepare_linear([self._weight(name) for name in names])
+        """A handle for the matrices side by side; where ranks share their columns, for the sum over the ranks."""
+        summed = self.shard.summed(self._table[names[0]].axes[1])
+        return self._ops.prepare_linear([self._weight(name) for name in names], self.shard.ranks if summed else None)
 
-    def experts(self, prefix: str, count: int) -> Any:
+    def experts(self, prefix: str) -> Any:
         """A handle for a layer's experts."""
-        experts = [[self._weight(f"{prefix}.{e}.{name}") for name in Expert._fields] for e in range(count)]
-        return self._ops.prepare_experts([Expert(*weights) for weights in experts])
+        numbers, ranks = self.shard.experts, self.shard.ranks
+        experts = [[self._weight(f"{prefix}.{e}.{name}") for name in Expert._fields] for e in numbers]
+        share = ExpertShare(numbers.start, self._num_experts, ranks) if ranks.world.size > 1 else None
+        return self._ops.prepare_experts([Expert(*weights) for weights in experts], share)
 
-    def _float(self, name: str) -> Tensor:
+    def _float(self, tensor: Tensor) -> Tensor:
         """A tensor as the file has it: fp32 arithmetic holds every stored value exactly, so only a narrower compute
         dtype makes a converted copy."""
-        tensor = self._source.tensor(name)
         if self._ops.dtype in (torch.float32, tensor.dtype):
             return tensor
         return tensor.to(self._ops.dtype)
 
-    def _weight(self, name: str) -> Weight:
+    def _weight(self, name: str) -> StoredWeight:
         scheme: Scheme = self._scheme if self._table[name].quantizable else self._dense
         if scheme is self._dense:
-            return scheme.wrap({"weight": self._float(f"{name}.weight")})
+            whole = scheme.wrap({"weight": self._source.tensor(f"{name}.weight")})
+            return scheme.wrap({"weight": self._float(self._part(name, whole).parts["weight"])})
         shape = tuple(self._sizes[axis] for axis in self._table[name].axes)
         wanted = scheme.stored(shape)  # type: ignore[arg-type]
         present = {part: f"{name}.{part}" for part in wanted if f"{name}.{part}" in self._names}
         try:
-            return scheme.wrap({part: self._source.tensor(full) for part, full in present.items()})
+            whole = scheme.wrap({part: self._source.tensor(full) for part, full in present.items()})
         except EightfoldError as error:
             raise EightfoldError(f"{name}: {error}") from None
+        return self._part(name, whole)
+
+    def _part(self, name: str, whole: StoredWeight) -> StoredWeight:
+        """This rank's rows or columns, as views."""
+        for axis, axis_name in enumerate(self._table[name].axes):
+            start, stop = self.shard.ranges.get(axis_name, (0, whole.shape[axis]))
+            if stop - start < whole.shape[axis]:
+                whole = whole.slice(axis, start, stop)
+        return whole
 
 
 class Mixtral:
@@ -163,6 +183,9 @@ class Mixtral:
     def __init__(self, config: ModelConfig, ops: Ops, loader: Loader, max_len: int) -> None:
         self.config = config
         self.ops = ops
+        self.kv_heads = loader.shard.kv_heads  # whose keys and values this rank holds
+        self._world = loader.shard.ranks.world
+        self._columns = ops.prepare_tensor(torch.tensor(vocabulary_columns(config.vocab_size, self._world.size)))  # [V]
         cos, sin = rope_tables(config.rope, config.head_dim, max_len)
         self._rope = Rope(ops.prepare_tensor(cos), ops.prepare_tensor(sin), config.rope.interleaved)
         self._embedding = loader.tensor("model.embed_tokens")  # [V, H]
@@ -171,12 +194,13 @@ class Mixtral:
         self._head = loader.linear("model.embed_tokens" if config.tie_word_embeddings else "lm_head")  # [V, H]
 
     @classmethod
-    def load(cls, config: ModelConfig, source: Tensors, ops: Ops, max_len: int) -> Mixtral:
+    def load(cls, config: ModelConfig, source: Tensors, ops: Ops, max_len: int, ranks: Ranks | None = None) -> Mixtral:
         """Weights from a source whose tensors have been checked against `stored_tensors(config)`.
 
-        `max_len` is the longest sequence, in tokens. Raises EightfoldError where a scheme finds bad values.
+        `max_len` is the longest sequence, in tokens; `ranks` the groups in which this rank takes its part, None where
+        it does everything. Raises EightfoldError where a scheme finds bad values, and if ranks can't share the model.
         """
-        return cls(config, ops, Loader(config, source, ops), max_len)
+        return cls(config, ops, Loader(config, source, ops, shard_of(config, ranks or alone())), max_len)
 
     def _layer(self, loader: Loader, prefix: str) -> Layer:
         attention = f"{prefix}.self_attn"
@@ -186,7 +210,7 @@ class Mixtral:
             o=loader.linear(f"{attention}.o_proj"),
             moe_norm=loader.tensor(f"{prefix}.post_attention_layernorm"),
             gate=loader.tensor(f"{prefix}.block_sparse_moe.gate"),
-            experts=loader.experts(f"{prefix}.block_sparse_moe.experts", self.config.num_experts),
+            experts=loader.experts(f"{prefix}.block_sparse_moe.experts"),
         )
 
     def forward(self, batch: Batch, pages: Sequence[Pages]) -> Tensor:
@@ -217,4 +241,5 @@ class Mixtral:
     def logits(self, x: Tensor, residual: Tensor) -> Tensor:
         """x and residual [L, H], of which the sum leaves the last layer → [L, V] fp32."""
         x, _ = self.ops.rms_norm(x, self._norm, self.config.rms_norm_eps, residual)
-        return self.ops.linear(x, self._head).float()
+        logits = self.ops.linear(x, self._head).float()  # this rank's rows of the vocabulary
+        return self._world.all_gather(logits)[:, self._columns] if self._world.size > 1 else logits

@@ -1,4 +1,7 @@
-"""One runner per rank: turns Plans into tensors, runs the model on them, owns the memory of keys and values."""
+"""One runner per rank: turns Plans into tensors, runs the model on them, owns the memory of keys and values.
+
+Rank 0's runner sends each Plan to the others before it runs it; theirs follow.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,55 @@ from torch import Tensor
 
 from eightfold.model import Mixtral
 from eightfold.ops import Batch
+from eightfold.parallel import Alone, Group
+from eightfold.plan_bytes import STOP, decode, encode
 from eightfold.types import Plan
 
 
 class Runner:
-    """`num_pages` pages of `page_size` tokens in each layer, of `kv_dtype`."""
+    """`num_pages` pages of `page_size` tokens in each layer, of `kv_dtype`, for the heads of this rank of `world`."""
 
-    def __init__(self, model: Mixtral, num_pages: int, page_size: int, kv_dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Mixtral, num_pages: int, page_size: int, kv_dtype: torch.dtype, world: Group | None = None
+    ) -> None:
         config = model.config
         self._model = model
+        self._world = world or Alone()
+        self._lead = self._world.rank == 0  # whether the others wait for a message; not so after a step that failed
         self.vocab_size = config.vocab_size
+        self.num_pages = num_pages
         self._page_size = page_size
         self._pages = [
-            model.ops.new_pages(num_pages, page_size, config.num_kv_heads, config.head_dim, kv_dtype)
+            model.ops.new_pages(num_pages, page_size, model.kv_heads, config.head_dim, kv_dtype)
             for _ in range(config.num_layers)
         ]
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Tensor:
-        """One step of the model → logits [L, V] fp32, a row for each of `plan.logit_rows`."""
+        """One step of the model → logits [L, V] fp32, a row for each of `plan.logit_rows`. Rank 0 alone calls it."""
+        if self._world.size == 1:
+            return self._step(plan)
+        message = encode(plan)
+        self._lead = False
+        self._world.broadcast(message)
+        logits = self._step(plan)
+        self._lead = True
+        return logits
+
+    @torch.inference_mode()
+    def follow(self) -> None:
+        """Run what rank 0 sends until it stops; for every other rank."""
+        while message := self._world.broadcast(None):
+            self._step(decode(message))
+
+    def close(self) -> None:
+        """Let the other ranks go. After a step that failed they wait in the middle of one, where no message reaches
+        them: they end with the connection."""
+        if self._world.size > 1 and self._lead:
+            self._world.broadcast(STOP)
+        self._lead = False
+
+    def _step(self, plan: Plan) -> Tensor:
         return self._model.forward(make_batch(plan, self._page_size, self._model.ops.device), self._pages)
 
 

@@ -12,6 +12,7 @@ from eightfold.config import ModelConfig
 from eightfold.loader import kv_bytes_per_token
 from eightfold.model import axis_sizes, weight_table
 from eightfold.quant import SCHEMES, get_scheme
+from eightfold.sharding import world_sizes
 
 RESERVE = 1 << 30  # for the system, the program and the activations of a step
 
@@ -69,9 +70,8 @@ def memory(config: ModelConfig, form: Format, tokens: int, ranks: int = 1) -> in
 
 def ranks_needed(config: ModelConfig, form: Format, tokens: int, available: int) -> int | None:
     """How many ranks with `available` bytes each hold the model; None if no number of ranks does."""
-    for ranks in range(1, config.num_heads + 1):
-        divides = config.num_heads % ranks == 0 and config.intermediate_size % ranks == 0
-        if divides and memory(config, form, tokens, ranks) <= available:
+    for ranks in world_sizes(config):
+        if memory(config, form, tokens, ranks) <= available:
             return ranks
     return None
 

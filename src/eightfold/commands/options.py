@@ -218,6 +218,12 @@ def add_engine(parser: argparse.ArgumentParser, text_only: bool = False) -> None
         default=_default("enable_prefix_caching"),
         help="reuse keys and values of a beginning seen before (default: yes)",
     )
+    group.add_argument(
+        "--exact-ranks",
+        action=argparse.BooleanOptionalAction,
+        default=_default("exact_ranks"),
+        help="with int8 weights, several ranks answer bitwise as one does, by larger messages (default: yes)",
+    )
     if not text_only:
         group.add_argument("--skip-tokenizer-init", action="store_true", help="work on token ids alone")
     for name, text in (

@@ -15,14 +15,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from eightfold.machine import available_memory
+from eightfold.parallel import Group, Ranks, alone
 from eightfold.types import EightfoldError
+
+ORDERLESS = 2  # a sum of two numbers and of any number of zeros has the same bits in any order
 
 
 class Weight(Protocol):
@@ -44,12 +47,42 @@ class Weight(Protocol):
         """x [T, in], in the compute dtype or fp32 → x · weightᵀ [T, out] fp32. The scheme's definition."""
 
 
+@runtime_checkable
+class ExactWeight(Weight, Protocol):
+    """A weight of a scheme whose sums are exact, so that ranks can add up theirs without a trace."""
+
+    def matmul_shared(self, x: Tensor, group: Group) -> Tensor:
+        """This rank's columns of x and of the matrix → the whole product [T, out] fp32, the same at any group size."""
+
+
 class Expert(NamedTuple):
     """One SwiGLU expert: w2(silu(w1(x)) * w3(x))."""
 
     w1: Weight  # [I, H]
     w2: Weight  # [H, I]
     w3: Weight  # [I, H]
+
+
+class SharedLinear(NamedTuple):
+    """Weights [out, in] that are this rank's columns; their product is the sum over all ranks of the world."""
+
+    weights: tuple[Weight, ...]
+    ranks: Ranks
+
+
+class ExpertShare(NamedTuple):
+    """Which experts of a layer's `total` a rank computes, for whom: `first` and following."""
+
+    first: int
+    total: int
+    ranks: Ranks
+
+
+class SharedExperts(NamedTuple):
+    """This rank's experts, or its part of their widths."""
+
+    experts: tuple[Expert, ...]
+    share: ExpertShare
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +158,20 @@ class Ops:
         """A norm, gate or embedding table as the file has it → where and how the operations below want it."""
         return tensor.to(self.device)
 
-    def prepare_linear(self, weights: Sequence[Weight]) -> Any:
-        """Weights that are multiplied side by side → the handle that `linear` takes; moved and laid out once."""
-        return tuple(weights)
+    def prepare_linear(self, weights: Sequence[Weight], ranks: Ranks | None = None) -> Any:
+        """Weights that are multiplied side by side → the handle that `linear` takes; moved and laid out once.
 
-    def prepare_experts(self, experts: Sequence[Expert]) -> Any:
-        """A layer's experts → the handle that `moe` takes; they stay separate tensors, never stacked on the host."""
-        return tuple(experts)
+        With `ranks`, they are this rank's columns of matrices that the world shares: `linear` gives the sum over it.
+        """
+        return tuple(weights) if ranks is None else SharedLinear(tuple(weights), ranks)
+
+    def prepare_experts(self, experts: Sequence[Expert], share: ExpertShare | None = None) -> Any:
+        """A layer's experts → the handle that `moe` takes; they stay separate tensors, never stacked on the host.
+
+        With a share, they are what `moe_ep` leaves of them to this rank, and of these its part of the width among
+        `moe_tp`: `moe` gives the sum over the world.
+        """
+        return tuple(experts) if share is None else SharedExperts(tuple(experts), share)
 
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
         """ids [T], table [V, H] → [T, H] activations."""
@@ -150,7 +190,15 @@ class Ops:
     def linear(self, x: Tensor, linear: Any) -> Tensor:
         """x [T, in], a handle of `prepare_linear` → [T, sum of outs]."""
         rounded = x.to(self.dtype)
-        return torch.cat([w.matmul(rounded) for w in linear], -1).to(self.activation_dtype)
+        if not isinstance(linear, SharedLinear):
+            return torch.cat([w.matmul(rounded) for w in linear], -1).to(self.activation_dtype)
+        world = linear.ranks.world
+        exact = [exact_weight(w, linear.ranks) for w in linear.weights]
+        if all(exact):
+            sums = torch.cat([w.matmul_shared(rounded, world) for w in exact if w], -1)
+        else:
+            sums = world.all_reduce_sum(torch.cat([w.matmul(rounded) for w in linear.weights], -1))
+        return sums.to(self.activation_dtype)
 
     def rope_write_kv(self, qkv: Tensor, rope: Rope, batch: Batch, pages: Pages) -> Tensor:
         """qkv [T, (Hq + 2·Hkv)·D] → rotated q [T, Hq, D]; rotated k, and v, are written into the pages.
@@ -208,15 +256,26 @@ class Ops:
     def moe(self, x: Tensor, ids: Tensor, weights: Tensor, experts: Any) -> Tensor:
         """x [T, H], ids and weights [T, K], a handle of `prepare_experts` → [T, H]: each token's weighted sum of its
         experts, in the order of its ids. No token is dropped."""
-        parts = torch.empty(*ids.shape, x.shape[1], dtype=torch.float32, device=x.device)  # [T, K, H]
+        if isinstance(experts, SharedExperts):
+            shared = experts
+        else:
+            shared = SharedExperts(tuple(experts), ExpertShare(0, len(experts), alone()))
+        ranks = shared.share.ranks
+        parts = torch.zeros(*ids.shape, x.shape[1], dtype=torch.float32, device=x.device)  # [T, K, H]
         rounded = x.to(self.dtype)
-        for number in sorted(set(ids.flatten().tolist())):
-            expert = experts[number]
+        for number, expert in enumerate(shared.experts, shared.share.first):
             token, slot = (ids == number).nonzero(as_tuple=True)
+            if not len(token):
+                continue
             chosen = rounded[token]
-            inner = F.silu(expert.w1.matmul(chosen)) * expert.w3.matmul(chosen)  # [n, I]
-            parts[token, slot] = expert.w2.matmul(inner.to(self.dtype))
-        return (parts * weights[..., None]).sum(1).to(self.activation_dtype)
+            inner = (F.silu(expert.w1.matmul(chosen)) * expert.w3.matmul(chosen)).to(self.dtype)  # [n, I]
+            w2 = exact_weight(expert.w2, ranks)
+            parts[token, slot] = w2.matmul_shared(inner, ranks.moe_tp) if w2 else expert.w2.matmul(inner)
+        exact = shares_exactly(shared.experts, ranks)
+        group = ranks.moe_ep if exact else ranks.world  # over which the sum is still to be taken
+        if exact and ids.shape[1] > ORDERLESS:
+            parts, group = group.all_reduce_sum(parts), alone().world
+        return group.all_reduce_sum((parts * weights[..., None]).sum(1)).to(self.activation_dtype)
 
     def kernel(self, operation: str, scheme: str) -> str:
         """What runs `operation` for weights of `scheme`, as `eightfold info` prints it."""
@@ -260,6 +319,16 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     q = torch.where(finite, x, 0.0).mul(inverse).round().to(torch.int8)
     scale = torch.where(empty, 0.0, absmax / most).masked_fill(~finite, math.nan)
     return q, scale.squeeze(-1)
+
+
+def exact_weight(weight: Weight, ranks: Ranks) -> ExactWeight | None:
+    """The weight, if ranks are to add up its products exactly and its scheme can."""
+    return weight if ranks.exact and isinstance(weight, ExactWeight) else None
+
+
+def shares_exactly(experts: Sequence[Expert], ranks: Ranks) -> bool:
+    """Whether `moe` gives the bits of one rank: then parts of one expert are summed before they are weighted."""
+    return all(exact_weight(expert.w2, ranks) for expert in experts)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

@@ -15,14 +15,16 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from eightfold import _native
 from eightfold.machine import usable_cores
-from eightfold.ops import Batch, Expert, Ops, Pages, Rope, Weight
+from eightfold.ops import ORDERLESS, Batch, Expert, ExpertShare, Ops, Pages, Rope, Weight, exact_weight, shares_exactly
+from eightfold.ops.cpu_shared import ExchangeMemory
+from eightfold.parallel import Ranks
 from eightfold.types import EightfoldError
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -40,21 +42,26 @@ _Matrix = tuple[int, int, int, int, int, int, bool]
 
 @dataclass(frozen=True, slots=True)
 class _Linear:
-    """The handle of `prepare_linear`; `native` is None without a kernel; `scales` keeps what the kernel reads alive."""
+    """The handle of `prepare_linear`; `native` is None without a kernel, and `reference` runs; `scales` keeps what the
+    kernel reads alive. `exact`: the ranks add up integers."""
 
-    weights: tuple[Weight, ...]
+    reference: Any
     width: int
     rows: int
     native: _native.Linear | None
     scales: list[Tensor]
+    ranks: Ranks | None
+    exact: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _Experts:
-    experts: tuple[Expert, ...]
+    reference: Any
     width: int
     native: _native.Experts | None
     scales: list[Tensor]
+    ranks: Ranks | None
+    exact: bool
 
 
 class CpuOps(Ops):
@@ -83,6 +90,7 @@ class CpuOps(Ops):
         self.strict_kernels = strict_kernels
         self.engine = _native.Engine(threads or usable_cores(), _chosen_isa(isa))
         self._rounded = dtype == torch.bfloat16
+        self._exchange = ExchangeMemory()
         self._said: set[str] = set()
         torch.set_num_threads(1)
 
@@ -104,19 +112,23 @@ class CpuOps(Ops):
             "read": _native.probe_read_bandwidth(512 << 20, threads, isa),
         }
 
-    def prepare_linear(self, weights: Sequence[Weight]) -> _Linear:
+    def prepare_linear(self, weights: Sequence[Weight], ranks: Ranks | None = None) -> _Linear:
         """Weights [out, in] of the same width → the handle for `linear`. They stay where they are."""
         scales: list[Tensor] = []
         reason = None if 0 < len(weights) <= MOST_MATRICES else f"{len(weights)} matrices side by side"
         reason = reason or next((r for w in weights if (r := _unsupported(w))), None)
+        exact = ranks is not None and all(exact_weight(w, ranks) for w in weights)
+        if exact and len(weights) > 1:
+            reason = reason or f"integer sums of {len(weights)} matrices that ranks share"
         native = None
         if reason:
             self._fall_back("linear", reason)
         else:
             native = _native.Linear(self.engine, [_matrix(w, scales) for w in weights], self._rounded)
-        return _Linear(tuple(weights), weights[0].shape[1], sum(w.shape[0] for w in weights), native, scales)
+        reference, rows = super().prepare_linear(weights, ranks), sum(w.shape[0] for w in weights)
+        return _Linear(reference, weights[0].shape[1], rows, native, scales, ranks, exact)
 
-    def prepare_experts(self, experts: Sequence[Expert]) -> _Experts:
+    def prepare_experts(self, experts: Sequence[Expert], share: ExpertShare | None = None) -> _Experts:
         """A layer's experts → the handle for `moe`. They stay where they are."""
         scales: list[Tensor] = []
         reason = next((r for e in experts for w in e if (r := _unsupported(w))), None)
@@ -124,10 +136,12 @@ class CpuOps(Ops):
         if reason:
             self._fall_back("moe", reason)
         else:
-            native = _native.Experts(
-                self.engine, [[_matrix(w, scales) for w in (e.w1, e.w2, e.w3)] for e in experts], self._rounded
-            )
-        return _Experts(tuple(experts), experts[0].w1.shape[1], native, scales)
+            first, total = (0, len(experts)) if share is None else share[:2]
+            matrices = [[_matrix(w, scales) for w in (e.w1, e.w2, e.w3)] for e in experts]
+            native = _native.Experts(self.engine, matrices, self._rounded, first, total)
+        reference, ranks = super().prepare_experts(experts, share), share.ranks if share else None
+        exact = ranks is not None and shares_exactly(experts, ranks)
+        return _Experts(reference, experts[0].w1.shape[1], native, scales, ranks, exact)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if weight.dtype not in FLOATS:
@@ -156,11 +170,15 @@ class CpuOps(Ops):
 
     def linear(self, x: Tensor, linear: _Linear) -> Tensor:
         if linear.native is None:
-            return super().linear(x, linear.weights)
+            return super().linear(x, linear.reference)
         x = _rows(x, linear.width)
         out = torch.empty(x.shape[0], linear.rows)
-        linear.native.run(x.data_ptr(), x.stride(0), x.shape[0], out.data_ptr())
-        return out
+        where = x.data_ptr(), x.stride(0), x.shape[0], out.data_ptr()
+        if linear.ranks is not None and linear.exact:
+            linear.native.run_shared(*where, self._exchange.over(linear.ranks.world, len(x), linear.rows))
+            return out
+        linear.native.run(*where)
+        return out if linear.ranks is None else linear.ranks.world.all_reduce_sum(out)
 
     def rope_write_kv(self, qkv: Tensor, rope: Rope, batch: Batch, pages: Pages) -> Tensor:
         if reason := _unsupported_pages(pages):
@@ -256,13 +274,20 @@ class CpuOps(Ops):
 
     def moe(self, x: Tensor, ids: Tensor, weights: Tensor, experts: _Experts) -> Tensor:
         if experts.native is None:
-            return super().moe(x, ids, weights, experts.experts)
+            return super().moe(x, ids, weights, experts.reference)
         x, ids, weights = _rows(x, experts.width), ids.int().contiguous(), weights.float().contiguous()
         out = torch.empty(x.shape[0], experts.width)
-        experts.native.run(
-            x.data_ptr(), x.stride(0), x.shape[0], ids.data_ptr(), weights.data_ptr(), ids.shape[1], out.data_ptr()
-        )
-        return out
+        (tokens, chosen), ranks = ids.shape, experts.ranks
+        where = x.data_ptr(), x.stride(0), tokens, ids.data_ptr(), weights.data_ptr(), chosen, out.data_ptr()
+        if ranks is None or not experts.exact:
+            experts.native.run(*where)
+            return out if ranks is None else ranks.world.all_reduce_sum(out)
+        parts = None
+        if chosen > ORDERLESS and ranks.moe_ep.size > 1:
+            parts = torch.empty(min(tokens, _native.MOE_TOKENS) * chosen, experts.width)
+        exchange = self._exchange.over(ranks.moe_tp, tokens * chosen, experts.width, parts, ranks.moe_ep)
+        experts.native.run_shared(*where, exchange)
+        return out if parts is not None else ranks.moe_ep.all_reduce_sum(out)
 
     def kernel(self, operation: str, scheme: str) -> str:
         native = operation in POINTWISE or (operation in PRODUCTS and scheme in SCHEMES)

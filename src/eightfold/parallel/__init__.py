@@ -15,7 +15,8 @@ from torch import Tensor
 class Group(Protocol):
     """Some ranks and their collectives. All ranks of a group must make the same calls in the same order.
 
-    Results have the same bits on every rank and in every run: sums are taken in the order of the ranks.
+    Results have the same bits on every rank and in every run: sums are taken in the order of the ranks. They are the
+    caller's: no later call changes them.
     Raises EightfoldError, naming the rank, when another one is gone or does not answer in time.
     """
 
@@ -66,11 +67,16 @@ class Ranks:
     `world` shards attention and the vocabulary (tensor parallel over all ranks). The experts are shared out among the
     ranks of `moe_ep` (contiguous experts each), and each expert's width among those of `moe_tp`;
     moe_tp.size · moe_ep.size = world.size, and world rank = moe_ep.rank · moe_tp.size + moe_tp.rank.
+
+    `exact`: sums over ranks of integer schemes are taken so that their bits are those of one rank, which costs more and
+    larger messages. `local_size` ranks, this one among them, share a machine's memory.
     """
 
     world: Group
     moe_tp: Group
     moe_ep: Group
+    exact: bool = True
+    local_size: int = 1
 
 
 def alone() -> Ranks:

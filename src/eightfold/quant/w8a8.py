@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eightfold.parallel import Group
 from eightfold.quant.int8 import BLOCK_BYTES, Int8Scheme, Int8Weight
 
 EXACT_COLUMNS = 1024  # 1024 · 127 · 128 < 2^24: sums of so many products are exact in fp32
@@ -31,12 +32,30 @@ class W8A8Weight(Int8Weight):
         q, scale = quantize_rows(x)
         return integer_sums(q, self.weight).float() * scale * self.weight_scale.float().T
 
+    def matmul_shared(self, x: Tensor, group: Group) -> Tensor:
+        """`matmul` of rows that are shared out: x [T, in] and the matrix are this rank's columns of them → the whole
+        product [T, out] fp32, with the bits that one rank would give it.
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [T, in] → int8 [T, in] and scales [T, 1] fp32 such that q · scale is x to half a step."""
+        The ranks agree on each row's absmax, and add up integers.
+        """
+        q, scale = quantize_rows(x, group.all_reduce_max(row_absmax(x)))
+        sums = group.all_reduce_sum(integer_sums(q, self.weight))
+        return sums.float() * scale * self.weight_scale.float().T
+
+
+def row_absmax(x: Tensor) -> Tensor:
+    """x [T, in] → [T, 1] fp32; a NaN or an infinity in a row is its absmax."""
+    return x.float().abs().amax(-1, keepdim=True)
+
+
+def quantize_rows(x: Tensor, absmax: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x [T, in] → int8 [T, in] and scales [T, 1] fp32 such that q · scale is x to half a step.
+
+    `absmax` [T, 1], where the rows go on at other ranks; else their own.
+    """
     wide = x.float()
-    absmax = wide.abs().amax(-1, keepdim=True)
-    finite = absmax.isfinite()  # a NaN or an infinity in a row is its absmax
+    absmax = row_absmax(x) if absmax is None else absmax
+    finite = absmax.isfinite()
     empty = ~finite | (absmax < SMALLEST_ABSMAX)
     most = torch.full_like(absmax, 127.0)  # as a tensor: torch divides by or into a number by way of a reciprocal
     inverse = torch.where(empty, 0.0, most / absmax)
