@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "core/engine.h"
+#include "core/shared.h"
 
 namespace nb = nanobind;
 using namespace eightfold;
@@ -127,6 +128,39 @@ std::vector<std::string> names(bool only_usable) {
   return result;
 }
 
+// Ranks of one machine. What waits for another rank throws RankLost when that one is gone.
+void bind_shared(nb::module_& m) {
+  using release = nb::call_guard<nb::gil_scoped_release>;
+  nb::exception<RankLost>(m, "RankLost");
+  nb::class_<Segment>(m, "Segment", "The ranks of this machine, in a shared mapping.")
+      .def(nb::init<int, int, int, double, int, bool>())
+      .def_static("region_start", &Segment::region_start)
+      .def("seated", &Segment::seated)
+      .def("fail", &Segment::fail)
+      .def("end", &Segment::end)
+      .def("ended", &Segment::ended)
+      .def("failure", &Segment::failure);
+  nb::class_<SharedGroup>(m, "SharedGroup", "Collectives of some ranks of a segment.")
+      .def(nb::init<Segment&, size_t, std::vector<int>, int>(), nb::keep_alive<1, 2>())
+      .def_static("region_bytes", &SharedGroup::region_bytes)
+      .def(
+          "all_reduce",
+          [](SharedGroup& g, Address x, int64_t count, int op) { g.all_reduce(pointer<char>(x), count, op); },
+          release())
+      .def(
+          "all_gather",
+          [](SharedGroup& g, Address x, Address out, int64_t rows, int64_t width) {
+            g.all_gather(pointer<char>(x), pointer<char>(out), rows, width);
+          },
+          release())
+      .def(
+          "broadcast",
+          [](SharedGroup& g, Address data, int64_t bytes, bool endless) {
+            g.broadcast(pointer<char>(data), bytes, endless);
+          },
+          release());
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -165,6 +199,8 @@ NB_MODULE(_native, m) {
       .def("rope_write", &rope_write, release())
       .def("attention", &attention, release())
       .def("route", &route, release());
+
+  bind_shared(m);
 
   nb::class_<LinearWeights>(m, "Linear", "Matrices that are multiplied side by side.")
       .def(

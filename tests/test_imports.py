@@ -27,6 +27,7 @@ LEVELS = (
     ("runner",),
     ("engine",),
     ("loader", "random_checkpoint"),
+    ("worker",),
     ("async_engine", "llm"),
     ("server", "eval", "bench", "quantize", "compare"),
     ("commands", "compat"),

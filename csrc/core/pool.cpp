@@ -4,10 +4,11 @@
 #include <sched.h>
 #include <sys/mman.h>
 
-#include <chrono>
 #include <cstdlib>
 #include <memory>
 #include <new>
+
+#include "core/wait.h"
 
 namespace eightfold {
 namespace {
@@ -16,34 +17,11 @@ std::atomic<int> forks{0};  // how many times this process's memory went through
 
 const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1); });
 
-inline void pause_cpu() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
-
-// Spins until `ready`, for about `micros`; says whether it became so. Between operations of one step only some tens of
-// microseconds pass, which a sleeping thread would miss; a longer pause must not burn a core.
-template <class Ready>
-bool spin(Ready ready, int micros) {
-  using clock = std::chrono::steady_clock;
-  const auto until = clock::now() + std::chrono::microseconds(micros);
-  do {
-    for (int i = 0; i < 32; i++) {
-      if (ready()) return true;
-      pause_cpu();
-    }
-  } while (clock::now() < until);
-  return ready();
-}
-
 constexpr int kSpinMicros = 200;
 
 // For waits that end soon by nature: spin, then let other threads have the core.
 template <class Ready>
-void spin_then_yield(Ready ready, bool crowded) {
+void wait_in_turn(Ready ready, bool crowded) {
   if (!crowded && spin(ready, kSpinMicros)) return;
   while (!ready()) sched_yield();
 }
@@ -155,7 +133,7 @@ void Pool::run(JobFunction function, const void* args, bool alone) {
   crew->wake.notify_all();
   Worker worker(this, 0, threads_);
   function(args, worker);
-  spin_then_yield([&] { return crew->done.load(std::memory_order_acquire) == threads_ - 1; }, crew->crowded);
+  wait_in_turn([&] { return crew->done.load(std::memory_order_acquire) == threads_ - 1; }, crew->crowded);
 }
 
 bool Worker::peek(int64_t end, int64_t* item) {
@@ -180,7 +158,7 @@ void Worker::end_phase(int64_t items) {
     crew->arrived.store(0, std::memory_order_relaxed);
     crew->phase.store(phase + 1, std::memory_order_release);
   } else {
-    spin_then_yield([&] { return crew->phase.load(std::memory_order_acquire) != phase; }, crew->crowded);
+    wait_in_turn([&] { return crew->phase.load(std::memory_order_acquire) != phase; }, crew->crowded);
   }
 }
 

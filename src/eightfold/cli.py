@@ -1,6 +1,6 @@
 """The `eightfold` command: parses, runs a command, and turns what goes wrong into one line and an exit code.
 
-Exit codes: 0; 1 when a request failed in the middle; 2 for a mistake in the input; 130 after ctrl-C; 141 when whatever
+Exit codes: 0; 1 when a request or a rank failed in the middle; 2 for a mistake in the input; 130 after ctrl-C; 141 when whatever
 read the output went away. Nothing here imports torch, so help is instant.
 """
 
@@ -19,7 +19,7 @@ from eightfold import __version__
 from eightfold.bench import cli as bench
 from eightfold.commands import options
 from eightfold.eval import cli as evaluation
-from eightfold.types import EightfoldError
+from eightfold.types import EightfoldError, RankError
 
 
 class Command(NamedTuple):
@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal that lacks a character must not end the answer
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
+        if options.is_follower(args, os.environ):
+            return int(import_module("eightfold.worker").follow_as_told(options.engine_options(args)))
         command = import_module(f"eightfold.commands.{args.command.replace('-', '_')}")
         with warnings.catch_warnings():
             warnings.showwarning = _warn
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except EightfoldError as error:
-        return _complain(error)
+        return _complain(error, 1 if isinstance(error, RankError) else 2)
     except KeyboardInterrupt:
         print("\n" * sys.stderr.isatty() + "eightfold: interrupted", file=sys.stderr)  # a terminal shows ^C first
         return 130
@@ -137,6 +139,6 @@ def _warn(message: Warning | str, *_: object, **__: object) -> None:
     print("eightfold: warning:", " ".join(str(message).split()), file=sys.stderr)
 
 
-def _complain(error: object) -> int:
+def _complain(error: object, status: int = 2) -> int:
     print("eightfold: error:", " ".join(str(error).split()), file=sys.stderr)
-    return 2
+    return status

@@ -73,6 +73,15 @@ class EngineConfig:
     load_mode: str = "mmap"
     allow_pickle: bool = False
     exact_ranks: bool = True
+    tensor_parallel_size: int | None = None
+    moe_tensor_parallel_size: int | None = None
+    moe_expert_parallel_size: int | None = None
+    enable_expert_parallel: bool = False
+    nnodes: int = 1
+    node_rank: int = 0
+    master_addr: str | None = None
+    master_port: int | None = None
+    distributed_timeout_seconds: int = 8
     seed: int = 0
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,8 +14,10 @@ from tqdm import tqdm
 
 from eightfold.config import EngineConfig
 from eightfold.loader import load_engine
+from eightfold.parallel.place import find_place
 from eightfold.tokenizer import Tokenizer
 from eightfold.types import EightfoldError, Progress, Request, RequestOutput, RequestOutputKind, SamplingParams
+from eightfold.worker import follow_as_told
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
@@ -25,7 +29,13 @@ class LLM:
     `model` is a folder, "demo", or a name on the Hugging Face hub. The options are the fields of `EngineConfig`.
     `progress` hears of the bytes of weights that have come into memory. `trust_remote_code` is accepted for
     compatibility: no code from a checkpoint is ever executed. Raises EightfoldError if the model can't be run as asked.
+
+    With `tensor_parallel_size` above 1 the other ranks of this machine are started as processes of their own, and end
+    with `close()`. Under torchrun, or with a `node_rank` above 0, all processes but rank 0's stay in here until rank 0
+    closes, and end then. RankError, which names the rank, is raised when one fails.
     """
+
+    _finalizer: weakref.finalize[Any, LLM] | None = None
 
     def __init__(
         self,
@@ -47,14 +57,50 @@ class LLM:
         load_mode: str = "mmap",
         allow_pickle: bool = False,
         exact_ranks: bool = True,
+        tensor_parallel_size: int | None = None,
+        moe_tensor_parallel_size: int | None = None,
+        moe_expert_parallel_size: int | None = None,
+        enable_expert_parallel: bool = False,
+        nnodes: int = 1,
+        node_rank: int = 0,
+        master_addr: str | None = None,
+        master_port: int | None = None,
+        distributed_timeout_seconds: int = 8,
         trust_remote_code: bool = False,
         seed: int = 0,
         progress: Progress | None = None,
     ) -> None:
         del trust_remote_code  # nothing remote is ever executed, so there is nothing to trust
         options = {name: value for name, value in locals().items() if name in EngineConfig.__dataclass_fields__}
-        self.engine = load_engine(EngineConfig(**options), progress)
+        config = EngineConfig(**options)
+        place = find_place(config, os.environ)
+        if place.rank != 0:
+            sys.exit(follow_as_told(options))
+        ranks = None
+        if place.size > 1:
+            from eightfold.parallel.launch import Job  # brings torch.distributed with it
+
+            job = Job(config, place, os.environ)
+            config, ranks = job.config, job.ranks
+            self._finalizer = weakref.finalize(self, job.close)
+        try:
+            self.engine = load_engine(config, progress, ranks)
+        except BaseException:
+            self.close()
+            raise
         self._next_id = 0
+
+    def close(self) -> None:
+        """End the other ranks, where there are any; nothing can be generated afterwards. So does the end of this
+        object, or of the program."""
+        if self._finalizer is not None:
+            self._finalizer()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises EightfoldError if the LLM was made without one."""

@@ -18,6 +18,10 @@ class EightfoldError(ValueError):
     """A mistake in the input. Its text is one line that names what is wrong and what would be right."""
 
 
+class RankError(EightfoldError):
+    """Not a mistake in the input: a rank was lost, or ranks don't fit together, while they ran one model."""
+
+
 class RequestOutputKind(enum.Enum):
     """What `Engine.step` returns for a request: all so far, only what is new, or nothing until the end."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -202,7 +203,7 @@ def add_engine(parser: argparse.ArgumentParser, text_only: bool = False) -> None
 
     add("device", str, "cpu (native kernels) or torch (the reference)", "NAME")
     add("dtype", str, "compute in float32, bfloat16, float16, or as the checkpoint is stored", "NAME")
-    add("threads", int, "threads to compute with (default: all cores)", "N")
+    add("threads", int, "threads that each rank computes with (default: its share of the cores)", "N")
     add("max-model-len", int, "the most tokens of prompt and answer together (default: the model's)", "N")
     add("max-num-seqs", int, "the most sequences that run at once", "N")
     add("max-num-batched-tokens", int, "the most tokens of one step; longer prompts go in chunks", "N")
@@ -232,12 +233,43 @@ def add_engine(parser: argparse.ArgumentParser, text_only: bool = False) -> None
         ("trust-remote-code", "accepted, and without effect: no code from a checkpoint is ever executed"),
     ):
         group.add_argument(f"--{name}", action="store_true", help=text)
+    _add_ranks(parser)
+
+
+def _add_ranks(parser: argparse.ArgumentParser) -> None:
+    """The fields of EngineConfig that share a model out among several processes."""
+    group = parser.add_argument_group("several ranks (see docs/scaling.md)")
+
+    def add(name: str, kind: Any, text: str, metavar: str = "N") -> None:
+        group.add_argument(f"--{name}", type=kind, default=_default(name.replace("-", "_")), help=text, metavar=metavar)
+
+    add(
+        "tensor-parallel-size",
+        int,
+        "ranks that compute the model together (default: 1, or as many as torchrun started)",
+    )
+    add("moe-tensor-parallel-size", int, "ranks among which each expert is cut up (default: those that are left)")
+    add("moe-expert-parallel-size", int, "groups of ranks among which the experts are shared out (default: 1)")
+    group.add_argument("--enable-expert-parallel", action="store_true", help="share whole experts out among all ranks")
+    add("nnodes", int, "machines, each with the same number of the ranks; start this command on every one (default: 1)")
+    add("node-rank", int, "which of the machines this is, from 0, where the answers come out (default: 0)")
+    add("master-addr", str, "machine 0's address (default: MASTER_ADDR)", "HOST")
+    add("master-port", int, "a free port there (default: MASTER_PORT; on one machine any, else 20030)")
+    add("distributed-timeout-seconds", int, "a rank without a sign of life for so long is a failure (default: 8)")
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of EngineConfig that were parsed."""
     names = [field.name for field in fields(EngineConfig) if field.name != "seed"]  # --seed is the requests'
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+def is_follower(args: argparse.Namespace, environ: Mapping[str, str]) -> bool:
+    """Whether this process is to be another rank than rank 0, by torchrun's environment or --node-rank."""
+    if not hasattr(args, "node_rank"):
+        return False
+    by_torchrun = "WORLD_SIZE" in environ and environ.get("RANK", "0") != "0"
+    return by_torchrun or args.node_rank > 0
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:

@@ -1,0 +1,86 @@
+"""Ranks other than rank 0: `python -m eightfold.worker` is what rank 0 starts; under torchrun any command becomes one."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from eightfold.types import EightfoldError, RankError
+
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+
+
+def main() -> int:
+    """A rank that another process started, which says on standard input what to do, and is gone when that closes."""
+    _ignore_interrupts()
+    text = sys.stdin.buffer.readline()
+    if not text:
+        return 1
+    message = json.loads(text)
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    if message["thread"]:  # it is with the thread that the system ends us, and another one may end before its process
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)  # reaches a stopped process, too
+    if os.getppid() != message["parent"]:
+        return 1
+    from eightfold.config import EngineConfig  # imports torch
+    from eightfold.parallel.place import Place
+
+    place = Place(**message["place"])
+    return _follow(EngineConfig(**message["config"]), place, speaks=False)
+
+
+def follow_as_told(options: Mapping[str, Any]) -> int:
+    """This process, which a user or torchrun started, as a rank other than 0 → its exit code. Nothing goes to standard
+    output. `options` are fields of EngineConfig. Raises EightfoldError on options that contradict one another."""
+    _ignore_interrupts()
+    from eightfold.config import EngineConfig
+    from eightfold.parallel.launch import device_of
+    from eightfold.parallel.place import find_place
+
+    config = EngineConfig(**options)
+    place = find_place(config, os.environ)
+    if place.torchrun:
+        os.environ.update(device_of(place, config.device, os.environ))
+    return _follow(config, place, speaks=place.local_rank == 0)
+
+
+def _follow(config: Any, place: Any, speaks: bool) -> int:
+    """Be a rank until the job ends. Only one that `speaks` prints why it failed: the others' words go through it."""
+    from eightfold.loader import follow
+    from eightfold.parallel.launch import Job, follow_job
+
+    logging.getLogger("eightfold").setLevel(logging.ERROR)  # what is worth a warning, rank 0 says
+    warnings.simplefilter("ignore")
+    try:
+        return follow_job(Job(config, place, os.environ), follow)
+    except EightfoldError as error:
+        if speaks or not isinstance(error, RankError):
+            print("eightfold: error:", " ".join(str(error).split()), file=sys.stderr)
+    except Exception:
+        traceback.print_exc()
+    return 1
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C is rank 0's: it ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _end_with_input() -> None:
+    """Rank 0 holds the other end of standard input, and lets go of it however it ends."""
+    os.read(0, 1)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
