@@ -164,6 +164,7 @@ void bind_shared(nb::module_& m) {
 }  // namespace
 
 NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);  // what an unhandled exception still refers to at the end of the program is no leak
   m.doc() = "Eightfold's CPU kernels. Arguments are addresses and sizes; eightfold.ops.cpu is the interface.";
   using release = nb::call_guard<nb::gil_scoped_release>;
 

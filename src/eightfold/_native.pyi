@@ -110,7 +110,7 @@ class Engine:
         /,
     ) -> None: ...
 
-class RankLost(Exception): ...
+class RankLost(Exception): ...  # noqa: N818
 
 class Segment:
     def __init__(

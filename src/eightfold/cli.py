@@ -1,7 +1,7 @@
 """The `eightfold` command: parses, runs a command, and turns what goes wrong into one line and an exit code.
 
-Exit codes: 0; 1 when a request or a rank failed in the middle; 2 for a mistake in the input; 130 after ctrl-C; 141 when whatever
-read the output went away. Nothing here imports torch, so help is instant.
+Exit codes: 0; 1 when a request or a rank failed in the middle; 2 for a mistake in the input; 130 after ctrl-C; 141 when
+whatever read the output went away. Nothing here imports torch, so help is instant.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ COMMANDS: dict[str, Command] = {
     "info": Command("what a model is, and what it needs on this machine", "MODEL", options.add_info),
     "compare": Command("how similar two models are", "A B", options.add_compare, options.COMPARE_EPILOG),
     "bench": Command(
-        "measure kernels, or the whole engine", "{kernels,offline} [MODEL]", bench.add_options, bench.EPILOG
+        "measure kernels, the whole engine, or ranks",
+        "{kernels,offline,all-reduce} [MODEL]",
+        bench.add_options,
+        bench.EPILOG,
     ),
     "eval": Command("score data sets", "MODEL {--task,--lm-eval} TASK,…", options.add_eval, evaluation.EPILOG),
     "make-random": Command("write a checkpoint of random weights, to measure with", "DST", options.add_make_random),

@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -18,6 +18,9 @@ from eightfold.parallel.place import find_place
 from eightfold.tokenizer import Tokenizer
 from eightfold.types import EightfoldError, Progress, Request, RequestOutput, RequestOutputKind, SamplingParams
 from eightfold.worker import follow_as_told
+
+if TYPE_CHECKING:
+    from eightfold.parallel.launch import Job
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
@@ -35,6 +38,7 @@ class LLM:
     closes, and end then. RankError, which names the rank, is raised when one fails.
     """
 
+    _job: Job | None = None
     _finalizer: weakref.finalize[Any, LLM] | None = None
 
     def __init__(
@@ -80,7 +84,7 @@ class LLM:
         if place.size > 1:
             from eightfold.parallel.launch import Job  # brings torch.distributed with it
 
-            job = Job(config, place, os.environ)
+            self._job = job = Job(config, place, os.environ)
             config, ranks = job.config, job.ranks
             self._finalizer = weakref.finalize(self, job.close)
         try:
@@ -89,6 +93,11 @@ class LLM:
             self.close()
             raise
         self._next_id = 0
+
+    def rank_failure(self) -> str | None:
+        """Which of the other ranks failed, and why; None while all is well. The next step would raise it as RankError,
+        but a program that waits for something else may want to know."""
+        return None if self._job is None else self._job.failure()
 
     def close(self) -> None:
         """End the other ranks, where there are any; nothing can be generated afterwards. So does the end of this

@@ -1,4 +1,4 @@
-"""Ranks other than rank 0: `python -m eightfold.worker` is what rank 0 starts; under torchrun any command becomes one."""
+"""Ranks other than rank 0: rank 0 starts `python -m eightfold.worker`; under torchrun any command becomes one."""
 
 from __future__ import annotations
 
@@ -11,16 +11,24 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from eightfold.types import EightfoldError, RankError
+from eightfold.config import EngineConfig
+from eightfold.types import EightfoldError
+
+if TYPE_CHECKING:
+    from eightfold.parallel.launch import Job
+    from eightfold.parallel.place import Place
 
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
-def main() -> int:
-    """A rank that another process started, which says on standard input what to do, and is gone when that closes."""
+def main(follow: Callable[[Job], None]) -> int:
+    """A rank that another process started, which says on standard input what to be, and is gone when that closes.
+
+    The rank does `follow` → the exit code.
+    """
     _ignore_interrupts()
     text = sys.stdin.buffer.readline()
     if not text:
@@ -31,18 +39,16 @@ def main() -> int:
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)  # reaches a stopped process, too
     if os.getppid() != message["parent"]:
         return 1
-    from eightfold.config import EngineConfig  # imports torch
-    from eightfold.parallel.place import Place
+    from eightfold.parallel.place import Place  # imports torch
 
     place = Place(**message["place"])
-    return _follow(EngineConfig(**message["config"]), place, speaks=False)
+    return _follow(EngineConfig(**message["config"]), place, follow, speaks=False)
 
 
 def follow_as_told(options: Mapping[str, Any]) -> int:
     """This process, which a user or torchrun started, as a rank other than 0 → its exit code. Nothing goes to standard
     output. `options` are fields of EngineConfig. Raises EightfoldError on options that contradict one another."""
     _ignore_interrupts()
-    from eightfold.config import EngineConfig
     from eightfold.parallel.launch import device_of
     from eightfold.parallel.place import find_place
 
@@ -50,12 +56,18 @@ def follow_as_told(options: Mapping[str, Any]) -> int:
     place = find_place(config, os.environ)
     if place.torchrun:
         os.environ.update(device_of(place, config.device, os.environ))
-    return _follow(config, place, speaks=place.local_rank == 0)
+    return _follow(config, place, follow_model, speaks=place.local_rank == 0)
 
 
-def _follow(config: Any, place: Any, speaks: bool) -> int:
-    """Be a rank until the job ends. Only one that `speaks` prints why it failed: the others' words go through it."""
+def follow_model(job: Job) -> None:
+    """Load this rank's part of the model, and run what rank 0 says."""
     from eightfold.loader import follow
+
+    follow(job.config, job.ranks)
+
+
+def _follow(config: EngineConfig, place: Place, follow: Callable[[Job], None], speaks: bool) -> int:
+    """Be a rank until the job ends. Only one that `speaks` prints why it failed: the others' words go through it."""
     from eightfold.parallel.launch import Job, follow_job
 
     logging.getLogger("eightfold").setLevel(logging.ERROR)  # what is worth a warning, rank 0 says
@@ -63,7 +75,7 @@ def _follow(config: Any, place: Any, speaks: bool) -> int:
     try:
         return follow_job(Job(config, place, os.environ), follow)
     except EightfoldError as error:
-        if speaks or not isinstance(error, RankError):
+        if speaks:
             print("eightfold: error:", " ".join(str(error).split()), file=sys.stderr)
     except Exception:
         traceback.print_exc()
@@ -83,4 +95,4 @@ def _end_with_input() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(follow_model))

@@ -12,21 +12,28 @@ EPILOG = """\
 kernels measures each operation of a backend at Mixtral 8x7B's shapes; offline the whole engine, on a MODEL folder or
 on random weights of a --shape. Both print what share of the machine's limits was reached, as probed in the same run.
 loading starts a process for each --load-mode in turn: time to first token, then the rate at which decoding reads.
+all-reduce measures what it costs that ranks of this machine add up numbers, through shared memory and through gloo.
 
   eightfold bench kernels --only moe/w8a8 --png roofline.png
   eightfold bench offline --shape 8x7b --layers 4 --scheme w8a8 --json out.json
-  eightfold bench loading --shape 8x7b --layers 4 --cold"""
+  eightfold bench loading --shape 8x7b --layers 4 --cold
+  eightfold bench all-reduce --ranks 2"""
 
 _OFFLINE = {"model", "layers", "scheme", "dtype", "kv_cache_dtype", "load_mode", "prefill", "chunk", "decode_batch"}
 _OFFLINE |= {"depth", "output_len", "distinct_prompts", "startup", "work_dir"}
 _LOADING = {"model", "layers", "scheme", "dtype", "kv_cache_dtype", "output_len", "work_dir", "cold"}
-_CHOSEN = {"kernels": {"only"}, "offline": _OFFLINE, "loading": _LOADING}
 _COMMON = {"shape", "threads", "device", "repeat", "json", "png"}
+_OPTIONS = {
+    "kernels": _COMMON | {"only"},
+    "offline": _COMMON | _OFFLINE,
+    "loading": (_COMMON - {"png"}) | _LOADING,
+    "all-reduce": {"ranks", "repeat", "json"},
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The arguments. An absent one is None, so that what belongs to the other measurement can be refused."""
-    parser.add_argument("what", choices=tuple(_CHOSEN), help="what to measure")
+    parser.add_argument("what", choices=tuple(_OPTIONS), help="what to measure")
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="offline, loading: a folder, demo, or a name on the hub"
     )
@@ -40,22 +47,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cold", action="store_true", default=None, help="drop the weights from the file cache before each start"
     )
+    group = parser.add_argument_group("all-reduce")
+    group.add_argument("--ranks", type=int, metavar="N", help="processes on this machine (default: 2)")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run what was asked for. Raises EightfoldError on options that don't go with it."""
     given = {name: value for name, value in vars(args).items() if value is not None}
-    chosen = _CHOSEN[args.what]
-    for name in sorted(set().union(*_CHOSEN.values()) - chosen):
+    chosen = _OPTIONS[args.what]
+    for name in sorted(set().union(*_OPTIONS.values()) - chosen):
         if name in given:
             option = "MODEL" if name == "model" else "--" + name.replace("_", "-")
             raise EightfoldError(f"{option} does not go with bench {args.what}")
-    options = {name: given[name] for name in chosen | _COMMON if name in given}
+    options = {name: given[name] for name in chosen if name in given}
     if args.isa is not None:
         # The way that all rooms know, and that the process which measures loading inherits.
         os.environ["EIGHTFOLD_CPU_ISA"] = args.isa
-    run = {"kernels": _kernels, "offline": _offline, "loading": _loading}[args.what]
-    return run(options)
+    return {"kernels": _kernels, "offline": _offline, "loading": _loading, "all-reduce": _all_reduce}[args.what](options)
 
 
 def sizes(text: str) -> tuple[int, ...]:
@@ -85,10 +93,15 @@ def _loading(options: dict[str, Any]) -> int:
     from eightfold.bench.loading import run_loading
     from eightfold.bench.plan import OfflineOptions
 
-    if "png" in options:
-        raise EightfoldError("--png does not go with bench loading")
     cold = options.pop("cold", False)
     run_loading(OfflineOptions(**{"prefill": (64,), "decode_batch": (1,), "depth": (0,), "repeat": 3, **options}), cold)
+    return 0
+
+
+def _all_reduce(options: dict[str, Any]) -> int:
+    from eightfold.bench.all_reduce import AllReduceOptions, run_all_reduce
+
+    run_all_reduce(AllReduceOptions(**options))
     return 0
 
 

@@ -114,6 +114,12 @@ def memory() -> dict[str, int]:
 
 
 def facts(ops: Ops) -> dict[str, Any]:
+    """The machine, the versions, the command and the backend that a result belongs to."""
+    backend = {"name": ops.name, "threads": getattr(ops, "threads", None), "isa": getattr(ops, "isa", None)}
+    return {**machine_facts(), "backend": backend}
+
+
+def machine_facts() -> dict[str, Any]:
     """The machine, the versions and the command that a result belongs to."""
     return {
         "command": sys.argv,
@@ -126,7 +132,6 @@ def facts(ops: Ops) -> dict[str, Any]:
             "huge_pages": _first_line("/sys/kernel/mm/transparent_hugepage/enabled"),
         },
         "versions": {"eightfold": __version__, "python": platform.python_version(), **_versions()},
-        "backend": {"name": ops.name, "threads": getattr(ops, "threads", None), "isa": getattr(ops, "isa", None)},
     }
 
 

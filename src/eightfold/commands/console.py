@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
+import termios
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eightfold.commands.options import engine_options
 from eightfold.types import RequestOutput
@@ -33,7 +37,30 @@ def load(args: argparse.Namespace) -> tuple[LLM, float]:
 
         start = time.perf_counter()
         llm = LLM(**engine_options(args), progress=update)
+        threading.Thread(target=_end_with_ranks, args=(weakref.ref(llm), terminal_settings()), daemon=True).start()
         return llm, time.perf_counter() - start
+
+
+def _end_with_ranks(llm: weakref.ref[LLM], terminal: list[Any] | None) -> None:
+    """Ends this program if a rank fails while it waits for something else, as `chat` does for its user. What is in a
+    step then says so by itself, within seconds."""
+    failed_for = 0
+    while failed_for < 3:
+        time.sleep(1)
+        known = llm()
+        if known is None:
+            return
+        failure = known.rank_failure()
+        failed_for = failed_for + 1 if failure else 0
+    if terminal is not None:
+        termios.tcsetattr(0, termios.TCSADRAIN, terminal)
+    print("eightfold: error:", failure, file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def terminal_settings() -> list[Any] | None:
+    """How the terminal is set now, before an editor of input lines changes it; None without one."""
+    return termios.tcgetattr(0) if os.isatty(0) else None
 
 
 @contextmanager

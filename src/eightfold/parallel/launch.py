@@ -36,18 +36,20 @@ _SPIN_MICROS = 200
 _LAST_WORDS = 3  # seconds for children to end, and for word of a failure to come from another machine
 
 
-class JobEnded(Exception):
+class JobEnded(Exception):  # noqa: N818 (it is none)
     """Rank 0 has ended the job: for the other ranks no failure."""
 
 
 class Job:
-    """This process as one rank of `place.size`. `config` has its number of threads.
+    """This process as one rank of `place.size`. `config` has its number of threads; `module` is what other ranks run.
 
     Raises EightfoldError where the ranks can't be brought together, and RankError, which names the rank, where one
     fails while they start; nothing is left running then.
     """
 
-    def __init__(self, config: EngineConfig, place: Place, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, config: EngineConfig, place: Place, environ: Mapping[str, str], module: str = "eightfold.worker"
+    ) -> None:
         self.place, self.config = place, config
         self.ranks = alone()
         self._pid = os.getpid()
@@ -59,6 +61,7 @@ class Job:
         if place.size == 1:
             return
         self._meeting = Meeting(place, environ)
+        self._module = module
         try:
             if place.local_rank == 0 and not place.torchrun:
                 self._start_children(environ)
@@ -72,6 +75,26 @@ class Job:
                 self._meeting.fail(str(error) if isinstance(error, RankError) else f"rank {place.rank}: {error}")
             self.close(failed=True)
             raise
+
+    def network(self) -> Network:
+        """torch.distributed among all ranks, which they must ask for together where they are on one machine."""
+        if self._network is None:
+            place = self.place
+            self._network = Network("gloo", self._meeting.store, place.rank, place.size, place.address)
+        return self._network
+
+    def check(self, error: Exception | None) -> None:
+        """For collectives between machines: raises if the job is lost. An error's reason may still be on its way."""
+        until = time.monotonic() + (self.config.distributed_timeout_seconds if error else 0)
+        while self._segment is not None:
+            if self._segment.ended() or self._segment.failure()[0]:
+                raise self._lost()
+            if time.monotonic() >= until:
+                break
+            time.sleep(0.05)
+        if error is not None:
+            self.fail(error)
+            raise RankError(f"rank {self.place.rank}: {' '.join(str(error).split())}")
 
     def close(self, failed: bool = False) -> None:
         """Leave the job; rank 0's leaving ends it. May be called again, and does nothing in a forked child."""
@@ -121,19 +144,6 @@ class Job:
             return RankError(failure)
         return JobEnded()
 
-    def _check(self, error: Exception | None) -> None:
-        """For collectives between machines: raises if the job is lost. After an error its reason is on its way here."""
-        until = time.monotonic() + (self.config.distributed_timeout_seconds if error else 0)
-        while self._segment is not None:
-            if self._segment.ended() or self._segment.failure()[0]:
-                raise self._lost()
-            if time.monotonic() >= until:
-                break
-            time.sleep(0.05)
-        if error is not None:
-            self.fail(error)
-            raise RankError(f"rank {self.place.rank}: {' '.join(str(error).split())}")
-
     def _start_children(self, environ: Mapping[str, str]) -> None:
         home = str(Path(eightfold.__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, [home, environ.get("PYTHONPATH")]))
@@ -146,7 +156,7 @@ class Job:
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 child = subprocess.Popen(
-                    [sys.executable, "-m", "eightfold.worker"], stdin=subprocess.PIPE, stdout=2, env={**environ, **own}
+                    [sys.executable, "-m", self._module], stdin=subprocess.PIPE, stdout=2, env={**environ, **own}
                 )
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -208,7 +218,7 @@ class Job:
             patience = self.config.distributed_timeout_seconds
             self._pulse = Pulse(links, segment, self.failure, patience)
             self._pulse.start()
-        self._network = Network("gloo", self._meeting.store, place.rank, place.size, place.address)
+        self.network()
 
     def _members(self) -> list[list[int]]:
         """The world ranks of every group of the job: the world, those of moe_tp, those of moe_ep; each list once."""
@@ -246,7 +256,7 @@ class Job:
         for member in members:
             by_node.setdefault(member // place.local_size, []).append(member)
         leaders = [group[0] for group in by_node.values()]
-        outer = self._network.group(leaders, self._check) if self._network is not None and len(leaders) > 1 else None
+        outer = self._network.group(leaders, self.check) if self._network is not None and len(leaders) > 1 else None
         if place.rank not in members:
             return None
         here = by_node[place.node]
@@ -293,8 +303,8 @@ def _open_memory(path: str) -> int:
         return os.open(path, os.O_RDWR)
     except OSError as error:
         raise EightfoldError(
-            f"the shared memory of this machine's first rank, {path}, cannot be opened ({error.strerror}): ranks of one "
-            "machine must be processes of one user, in one container"
+            f"the shared memory of this machine's first rank, {path}, cannot be opened ({error.strerror}): ranks of "
+            "one machine must be processes of one user, in one container"
         ) from None
 
 
@@ -307,10 +317,10 @@ def device_of(place: Place, device: str, environ: Mapping[str, str]) -> dict[str
     return {variable: listed[place.local_rank] if listed else str(place.local_rank)}
 
 
-def follow_job(job: Job, follow: Callable[[EngineConfig, Ranks], None]) -> int:
+def follow_job(job: Job, follow: Callable[[Job], None]) -> int:
     """Run `follow` as one of `job`'s ranks until rank 0 ends it → the exit code. Raises what goes wrong, once told."""
     try:
-        follow(job.config, job.ranks)
+        follow(job)
     except JobEnded:
         return 0
     except RankError:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from eightfold.parallel.place import Place
 from eightfold.types import EightfoldError, RankError
@@ -19,7 +19,7 @@ _POLL = 0.02
 
 
 class Meeting:
-    """What ranks tell one another while they start. Whoever fails then says so here, and everyone who waits hears it."""
+    """What ranks tell one another while they start. Whoever fails then says so, and everyone who waits hears it."""
 
     def __init__(self, place: Place, environ: Mapping[str, str]) -> None:
         self._rank = place.rank
@@ -32,7 +32,7 @@ class Meeting:
         else:
             _await_server(place)
         try:
-            store = dist.TCPStore(
+            store = TCPStore(
                 self.address,
                 self.port,
                 is_master=serves,
@@ -42,12 +42,12 @@ class Meeting:
             )
         except dist.DistError:
             raise EightfoldError(
-                f"what answers at {place.address} port {place.port} is no rank 0: set {place.port_name} to the port that "
-                "rank 0 was started with"
+                f"what answers at {place.address} port {place.port} is no rank 0: set {place.port_name} to the port "
+                "that rank 0 was started with"
             ) from None
         # torchrun's store outlives a start that failed and is tried again.
         run = environ.get("TORCHELASTIC_RUN_ID", ""), environ.get("TORCHELASTIC_RESTART_COUNT", "")
-        self.store = dist.PrefixStore("/".join(("eightfold", *run)), store)
+        self.store = PrefixStore("/".join(("eightfold", *run)), store)
 
     def put(self, key: str, value: str) -> None:
         self.store.set(key, value)
@@ -96,7 +96,7 @@ def _listen(place: Place) -> socket.socket:
                 "(MASTER_ADDR) or --node-rank"
             ) from None
         raise EightfoldError(
-            f"rank 0 cannot listen at {place.address} port {place.port} ({place.port_name}): {os.strerror(error.errno or 0)}"
+            f"rank 0 cannot listen at {place.address} port {place.port} ({place.port_name}): {error.strerror}"
         ) from None
     return listener
 
@@ -105,17 +105,22 @@ def _await_server(place: Place) -> None:
     """Until rank 0's port answers. torch would try as well, but not say what it waits for."""
     *_, target = _resolve(place)
     until = time.monotonic() + PATIENCE
-    while True:
-        try:
-            socket.create_connection(target[:2], timeout=5).close()
-            return
-        except OSError as error:
-            if time.monotonic() > until:
-                raise RankError(
-                    f"rank 0 did not answer at {place.address} port {place.port} within {PATIENCE} s "
-                    f"({error.strerror or error}): is it started there, with the same {place.port_name}?"
-                ) from None
-            time.sleep(0.2)
+    while error := _refusal(target[:2]):
+        if time.monotonic() > until:
+            raise RankError(
+                f"rank 0 did not answer at {place.address} port {place.port} within {PATIENCE} s ({error}): is it "
+                f"started there, with the same {place.port_name}?"
+            )
+        time.sleep(0.2)
+
+
+def _refusal(target: tuple[str, int]) -> str | None:
+    """Why nothing answers there; None if something does."""
+    try:
+        socket.create_connection(target, timeout=5).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def _resolve(place: Place) -> tuple[int, int, int, str, tuple[str, int]]:

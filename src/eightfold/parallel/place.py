@@ -1,4 +1,4 @@
-"""Where a process stands among the ranks of a job: from the options, and from what torchrun put into the environment."""
+"""Where a process stands among the ranks of a job: from the options, and from torchrun's environment variables."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def _under_torchrun(config: EngineConfig, environ: Mapping[str, str]) -> Place:
         raise EightfoldError("--nnodes and --node-rank are torchrun's own here: give them to torchrun alone")
     if local_size < 1 or size % local_size or not 0 <= rank < size or rank % local_size != local_rank:
         raise EightfoldError(
-            f"torchrun made rank {rank} of {size} the {local_rank}th of {local_size} on its machine; every machine must "
-            "have the same number of ranks (--nproc-per-node)"
+            f"torchrun made rank {rank} of {size} number {local_rank} of {local_size} on its machine; every machine "
+            "must have the same number of ranks (--nproc-per-node)"
         )
     address, port = environ.get("MASTER_ADDR", ""), _number(environ, "MASTER_PORT")
     if not address:

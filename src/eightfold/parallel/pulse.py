@@ -6,6 +6,7 @@ a second, or notices that it does not.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import select
 import socket
@@ -98,10 +99,8 @@ class Pulse(threading.Thread):
     def _say(self, message: dict[str, Any]) -> None:
         data = json.dumps(message).encode() + b"\n"
         for link in self._links.values():
-            try:
+            with contextlib.suppress(OSError):  # listening finds out, and says so
                 link.sendall(data)  # a few bytes: a full buffer means that nobody has read for long
-            except OSError:
-                continue  # listening finds out, and says so
 
     def _count(self) -> None:
         for name in self._silent:

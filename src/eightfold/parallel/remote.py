@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store
 
 from eightfold.parallel.shared import SUMS, SharedGroup
 from eightfold.types import EightfoldError
@@ -130,7 +131,7 @@ class NestedGroup:
         if self._outer is not None:
             most = max(self._by_machine) * width
             padded = torch.nn.functional.pad(mine, (0, most - mine.shape[1]))
-            parts = self._outer.all_gather(padded).split(most, 1)
+            parts = torch.split(self._outer.all_gather(padded), most, 1)
             torch.cat([part[:, : n * width] for part, n in zip(parts, self._by_machine, strict=True)], 1, out=out)
         return self._share(out)
 
@@ -157,7 +158,7 @@ class Network:
     call for that, so the sockets that came with the process group are remembered.
     """
 
-    def __init__(self, backend: str, store: dist.Store, rank: int, size: int, address: str) -> None:
+    def __init__(self, backend: str, store: Store, rank: int, size: int, address: str) -> None:
         if dist.is_initialized():
             raise EightfoldError("torch.distributed is in use in this process; Eightfold needs it for its own ranks")
         before = _sockets()
@@ -175,7 +176,7 @@ class Network:
     def close(self, clean: bool) -> None:
         """Leave it; not `clean` is without waiting for anyone."""
         if not clean:
-            for name, number in self._opened & _sockets().items():
+            for _, number in self._opened & _sockets().items():
                 with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as one:
                     one.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(RuntimeError):
