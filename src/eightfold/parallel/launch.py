@@ -188,7 +188,7 @@ class Job:
         meeting.put(f"facts/{place.rank}", json.dumps(facts_of(self.config, self._cores)))
         memory = -1
         if place.local_rank == 0:
-            memory = new_memory([len(group) for group in self._local_groups()])
+            memory = new_memory(self._regions()[-1][0])
             meeting.put(f"memory/{place.node}", f"/proc/{self._pid}/fd/{memory}")
         facts = [json.loads(self._hear(f"facts/{rank}", f"rank {rank}")) for rank in range(place.size)]
         for rank, other in enumerate(facts):
@@ -228,27 +228,31 @@ class Job:
         groups = [list(range(place.size)), *tp, *ep]
         return [group for number, group in enumerate(groups) if len(group) > 1 and group not in groups[:number]]
 
-    def _local_groups(self) -> list[list[int]]:
-        """The seats of this machine that have several members of a group, for each group that has."""
-        first = self.place.node * self.place.local_size
-        seats = [[r - first for r in group if 0 <= r - first < self.place.local_size] for group in self._members()]
-        return [group for group in seats if len(group) > 1]
+    def _regions(self) -> list[tuple[int, list[int]]]:
+        """For each group of the job, where in this machine's shared memory it is, and which seats here belong to it."""
+        first, offset, regions = self.place.node * self.place.local_size, _native.Segment.region_start(), []
+        for group in self._members():
+            seats = [rank - first for rank in group if 0 <= rank - first < self.place.local_size]
+            regions.append((offset, seats))
+            offset += region_bytes(len(seats)) if len(seats) > 1 else 0
+        return [*regions, (offset, [])]
 
     def _groups(self) -> Ranks:
-        made = {tuple(members): self._group(members) for members in self._members()}
-        mine = [members for members in made if self.place.rank in members]
-        place = self.place
+        place, regions = self.place, self._regions()
+        made = {
+            tuple(members): self._group(members, *region)
+            for members, region in zip(self._members(), regions, strict=False)
+        }
         tp = place.rank // place.moe_tp * place.moe_tp
         wanted = (
             tuple(range(place.size)),
             tuple(range(tp, tp + place.moe_tp)),
             tuple(range(place.rank % place.moe_tp, place.size, place.moe_tp)),
         )
-        assert all(len(members) == 1 or members in mine for members in wanted)
         world, moe_tp, moe_ep = (made[members] or Alone() if len(members) > 1 else Alone() for members in wanted)
         return Ranks(world, moe_tp, moe_ep, local_size=place.local_size)
 
-    def _group(self, members: Sequence[int]) -> Group | None:
+    def _group(self, members: Sequence[int], offset: int, seats: Sequence[int]) -> Group | None:
         """The group of these world ranks, if this one is of them. All ranks must call it, in the same order."""
         place, segment = self.place, self._segment
         assert segment is not None
@@ -259,19 +263,12 @@ class Job:
         outer = self._network.group(leaders, self.check) if self._network is not None and len(leaders) > 1 else None
         if place.rank not in members:
             return None
-        here = by_node[place.node]
         inner = None
-        if len(here) > 1:
-            seats = [member % place.local_size for member in here]
-            inner = SharedGroup(segment, self._offset(seats), seats, here.index(place.rank), self._lost)
+        if len(seats) > 1:
+            inner = SharedGroup(segment, offset, seats, seats.index(place.local_rank), self._lost)
         if len(by_node) == 1:
             return inner
         return NestedGroup(list(members).index(place.rank), [len(group) for group in by_node.values()], inner, outer)
-
-    def _offset(self, seats: list[int]) -> int:
-        groups = self._local_groups()
-        before = groups[: groups.index(seats)]
-        return _native.Segment.region_start() + sum(region_bytes(len(group)) for group in before)
 
     def _take_cores(self, facts: Sequence[Facts]) -> int:
         """Bind this process to its share of its machine's cores → its number of threads.

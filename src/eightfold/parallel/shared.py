@@ -88,13 +88,13 @@ def region_bytes(members: int) -> int:
     return _native.SharedGroup.region_bytes(members)
 
 
-def new_memory(groups: Sequence[int]) -> int:
-    """A file descriptor of zeroed memory for a segment and for groups of these sizes, one after the other.
+def new_memory(size: int) -> int:
+    """A file descriptor of `size` zeroed bytes of memory to share.
 
     It has no name in any file system, so nothing is left behind however a job ends.
     """
     if not hasattr(os, "memfd_create"):
         raise EightfoldError("several ranks on one machine need Linux: this system has no memfd_create")
     fd = os.memfd_create("eightfold")
-    os.ftruncate(fd, _native.Segment.region_start() + sum(map(region_bytes, groups)))
+    os.ftruncate(fd, size)
     return fd
