@@ -1,4 +1,4 @@
-"""Collectives of a job's groups against plain sums, on every rank: a program of its own, and the module of its children.
+"""Collectives of a job's groups against plain sums, on every rank: a program, and what its children run.
 
 `python tests/ranks_exercise.py RANKS MOE_TP MOE_EP [MACHINES MACHINE ADDRESS PORT]` is quiet if all is well.
 """
@@ -10,6 +10,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from eightfold.worker import main
 SIZES = (1, 3, 17, 4096, 20_001, 300_007)  # fp32 numbers: within a slot, shared out, in several pieces
 
 
+@cache
 def values(rank: int, size: int, dtype: torch.dtype) -> Tensor:
     """What a rank contributes; any rank can tell."""
     generator = torch.Generator().manual_seed(1000 * size + rank)
@@ -56,7 +58,7 @@ def check(group: Group, members: Sequence[int], local_size: int, seed: int) -> N
         if delays.random() < 0.3:
             time.sleep(delays.random() * 0.01)
         for dtype in (torch.float32, torch.int32):
-            total = group.all_reduce_sum(values(mine, size, dtype))
+            total = group.all_reduce_sum(values(mine, size, dtype).clone())
             right = expected(members, local_size, lambda m, s=size, d=dtype: values(m, s, d), "sum")
             assert torch.equal(total, right), (mine, size, dtype)
         most = group.all_reduce_max(with_nan(mine, size))
@@ -72,7 +74,7 @@ def check(group: Group, members: Sequence[int], local_size: int, seed: int) -> N
 
 
 def with_nan(rank: int, size: int) -> Tensor:
-    x = values(rank, size, torch.float32)
+    x = values(rank, size, torch.float32).clone()
     x[(rank * 7) % size] = float("nan")
     return x
 

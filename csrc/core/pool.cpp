@@ -19,13 +19,6 @@ const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1
 
 constexpr int kSpinMicros = 200;
 
-// For waits that end soon by nature: spin, then let other threads have the core.
-template <class Ready>
-void wait_in_turn(Ready ready, bool crowded) {
-  if (!crowded && spin(ready, kSpinMicros)) return;
-  while (!ready()) sched_yield();
-}
-
 }  // namespace
 
 struct Pool::Crew {
@@ -39,6 +32,27 @@ struct Pool::Crew {
   bool quit = false;
   std::mutex sleep_mutex;
   std::condition_variable wake;
+  std::mutex turn_mutex;  // for waits within a job, which end soon unless another process has the core
+  std::condition_variable turn;
+  alignas(64) std::atomic<int> sleepers{0};
+
+  // Until `ready`, which someone makes true before calling `wake_sleepers`. Both sides are sequentially consistent: who
+  // goes to sleep is seen by the other, or sees that there is nothing to wait for.
+  template <class Ready>
+  void wait_turn(Ready ready) {
+    if (spin_then_yield(ready, crowded ? 0 : kSpinMicros)) return;
+    std::unique_lock<std::mutex> lock(turn_mutex);
+    sleepers.fetch_add(1);
+    turn.wait(lock, ready);
+    sleepers.fetch_sub(1);
+  }
+
+  void wake_sleepers() {
+    if (sleepers.load() == 0) return;
+    { std::lock_guard<std::mutex> lock(turn_mutex); }
+    turn.notify_all();
+  }
+
   std::vector<Buffer> scratch;
   const int fork_count;
   alignas(64) std::atomic<uint64_t> job{0};
@@ -86,7 +100,8 @@ void Pool::start() {
         if (crew->quit) return;
         Worker worker(this, id, crew->active);
         crew->function(crew->args, worker);
-        crew->done.fetch_add(1, std::memory_order_release);
+        crew->done.fetch_add(1);
+        crew->wake_sleepers();
       }
     });
   }
@@ -133,7 +148,7 @@ void Pool::run(JobFunction function, const void* args, bool alone) {
   crew->wake.notify_all();
   Worker worker(this, 0, threads_);
   function(args, worker);
-  wait_in_turn([&] { return crew->done.load(std::memory_order_acquire) == threads_ - 1; }, crew->crowded);
+  crew->wait_turn([&] { return crew->done.load() == threads_ - 1; });
 }
 
 bool Worker::peek(int64_t end, int64_t* item) {
@@ -156,9 +171,10 @@ void Worker::end_phase(int64_t items) {
   const uint64_t phase = crew->phase.load(std::memory_order_relaxed);
   if (crew->arrived.fetch_add(1, std::memory_order_acq_rel) == count_ - 1) {
     crew->arrived.store(0, std::memory_order_relaxed);
-    crew->phase.store(phase + 1, std::memory_order_release);
+    crew->phase.store(phase + 1);
+    crew->wake_sleepers();
   } else {
-    wait_in_turn([&] { return crew->phase.load(std::memory_order_acquire) != phase; }, crew->crowded);
+    crew->wait_turn([&] { return crew->phase.load() != phase; });
   }
 }
 
