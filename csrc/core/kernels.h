@@ -176,7 +176,7 @@ struct Kernels {
 };
 
 template <class Args>
-void run(Pool& pool, void (*function)(const Args&, Worker&), const Args& args, bool alone = false) {
+void run(Pool& pool, void (*function)(const Args&, Worker&), const Args& args, Pool::Crowd crowd) {
   struct Call {
     void (*function)(const Args&, Worker&);
     const Args* args;
@@ -186,7 +186,12 @@ void run(Pool& pool, void (*function)(const Args&, Worker&), const Args& args, b
         const Call* c = static_cast<const Call*>(p);
         c->function(*c->args, worker);
       },
-      &call, alone);
+      &call, crowd);
+}
+
+template <class Args>
+void run(Pool& pool, void (*function)(const Args&, Worker&), const Args& args, bool alone = false) {
+  run(pool, function, args, alone ? Pool::Crowd::kAlone : Pool::Crowd::kWhoComes);
 }
 
 // Bytes between rows of prepared activations of `width`. The extra line keeps rows from falling on the same cache sets.

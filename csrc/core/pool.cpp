@@ -19,6 +19,11 @@ const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1
 
 constexpr int kSpinMicros = 200;
 
+// The gate of a crew: the number of the job above, the workers inside below, and between them whether it is closed.
+constexpr uint64_t kClosed = uint64_t{1} << 31;
+constexpr uint64_t kInside = kClosed - 1;
+constexpr int kNumberShift = 32;
+
 }  // namespace
 
 struct Pool::Crew {
@@ -29,7 +34,6 @@ struct Pool::Crew {
   JobFunction function = nullptr;
   const void* args = nullptr;
   int active = 0;
-  bool quit = false;
   std::mutex sleep_mutex;
   std::condition_variable wake;
   std::mutex turn_mutex;  // for waits within a job, which end soon unless another process has the core
@@ -55,11 +59,11 @@ struct Pool::Crew {
 
   std::vector<Buffer> scratch;
   const int fork_count;
-  alignas(64) std::atomic<uint64_t> job{0};
+  std::atomic<bool> quit{false};
+  alignas(64) std::atomic<uint64_t> gate{kClosed};
   alignas(64) std::atomic<int64_t> item{0};
-  alignas(64) std::atomic<int> done{0};
-  alignas(64) std::atomic<int> arrived{0};
-  std::atomic<uint64_t> phase{0};
+  alignas(64) std::atomic<int64_t> finished{0};  // items of this job
+  std::atomic<int> served{0};                    // workers that have been inside and have left
 };
 
 Buffer::~Buffer() { std::free(data_); }
@@ -91,16 +95,22 @@ void Pool::start() {
     crew->threads.emplace_back([this, crew, id] {
       uint64_t seen = 0;
       for (;;) {
-        auto called = [&] { return crew->job.load(std::memory_order_acquire) != seen; };
+        const auto may_enter = [&](uint64_t gate) { return !(gate & kClosed) && gate >> kNumberShift != seen; };
+        const auto called = [&] { return crew->quit.load() || may_enter(crew->gate.load()); };
         if (crew->crowded || !spin(called, kSpinMicros)) {
           std::unique_lock<std::mutex> lock(crew->sleep_mutex);
           crew->wake.wait(lock, called);
         }
-        seen++;
-        if (crew->quit) return;
+        if (crew->quit.load()) return;
+        uint64_t gate = crew->gate.load();
+        while (may_enter(gate) && !crew->gate.compare_exchange_weak(gate, gate + 1)) {
+        }
+        if (!may_enter(gate)) continue;  // too late: the others have done it all
+        seen = gate >> kNumberShift;
         Worker worker(this, id, crew->active);
         crew->function(crew->args, worker);
-        crew->done.fetch_add(1);
+        crew->served.fetch_add(1);
+        crew->gate.fetch_sub(1);
         crew->wake_sleepers();
       }
     });
@@ -115,22 +125,23 @@ void Pool::stop() {
     return;  // its threads are not in this process: nothing to join, nothing to free
   {
     std::lock_guard<std::mutex> lock(crew->sleep_mutex);
-    crew->quit = true;
-    crew->job.fetch_add(1, std::memory_order_release);
+    crew->quit.store(true);
   }
   crew->wake.notify_all();
   for (auto& thread : crew->threads) thread.join();
   delete crew;
 }
 
-void Pool::run(JobFunction function, const void* args, bool alone) {
+// A worker that another process keeps from its core must not hold up the rest. So nobody waits for workers to come, only
+// for items to be finished, and at the end for those workers to leave who did come.
+void Pool::run(JobFunction function, const void* args, Crowd crowd) {
   if (crew_->fork_count != forks.load()) {
     crew_ = nullptr;  // the parent's; left as it is
     start();
   }
   Crew* crew = crew_;
   crew->item.store(0, std::memory_order_relaxed);
-  if (alone || threads_ == 1) {
+  if (crowd == Crowd::kAlone || threads_ == 1) {
     crew->active = 1;
     Worker worker(this, 0, 1);
     function(args, worker);
@@ -139,16 +150,19 @@ void Pool::run(JobFunction function, const void* args, bool alone) {
   crew->active = threads_;
   crew->function = function;
   crew->args = args;
-  crew->done.store(0, std::memory_order_relaxed);
+  crew->finished.store(0, std::memory_order_relaxed);
+  crew->served.store(0, std::memory_order_relaxed);
   {
     // Under the lock, or a worker that has just found nothing to do would sleep through this job.
     std::lock_guard<std::mutex> lock(crew->sleep_mutex);
-    crew->job.fetch_add(1, std::memory_order_release);
+    crew->gate.store(++jobs_ << kNumberShift);
   }
   crew->wake.notify_all();
   Worker worker(this, 0, threads_);
   function(args, worker);
-  crew->wait_turn([&] { return crew->done.load() == threads_ - 1; });
+  if (crowd == Crowd::kEveryone) crew->wait_turn([&] { return crew->served.load() == threads_ - 1; });
+  crew->gate.fetch_or(kClosed);
+  crew->wait_turn([&] { return (crew->gate.load() & kInside) == 0; });
 }
 
 bool Worker::peek(int64_t end, int64_t* item) {
@@ -161,6 +175,7 @@ bool Worker::peek(int64_t end, int64_t* item) {
 bool Worker::next(int64_t end, int64_t* item) {
   if (!peek(end, item)) return false;
   drawn_ = -1;
+  taken_++;
   return true;
 }
 
@@ -168,14 +183,10 @@ void Worker::end_phase(int64_t items) {
   base_ += items;
   if (count_ == 1) return;
   Pool::Crew* crew = pool_->crew_;
-  const uint64_t phase = crew->phase.load(std::memory_order_relaxed);
-  if (crew->arrived.fetch_add(1, std::memory_order_acq_rel) == count_ - 1) {
-    crew->arrived.store(0, std::memory_order_relaxed);
-    crew->phase.store(phase + 1);
-    crew->wake_sleepers();
-  } else {
-    crew->wait_turn([&] { return crew->phase.load() != phase; });
-  }
+  const auto all_finished = [&] { return crew->finished.load() >= base_; };
+  if (taken_ && crew->finished.fetch_add(taken_) + taken_ >= base_) crew->wake_sleepers();
+  taken_ = 0;
+  if (!all_finished()) crew->wait_turn(all_finished);
 }
 
 char* Worker::scratch(size_t bytes) { return pool_->crew_->scratch[id_].get(bytes); }

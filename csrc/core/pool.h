@@ -25,7 +25,7 @@ class Worker {
   bool next(int64_t end, int64_t* item);
   // The same, but the item stays this thread's next: to bring near what it will read.
   bool peek(int64_t end, int64_t* item);
-  // Ends a phase that had `items` items: waits for all threads.
+  // Ends a phase that had `items` items, none of which `next` gives out any more: waits until all are finished.
   void end_phase(int64_t items);
   // This thread's scratch memory, 64-byte aligned; it stays valid until the next call.
   char* scratch(size_t bytes);
@@ -35,6 +35,7 @@ class Worker {
   int id_, count_;
   int64_t base_ = 0;    // number of the phase's first item
   int64_t drawn_ = -1;  // an item drawn and not yet used
+  int64_t taken_ = 0;   // items of this phase that this thread has worked on
 };
 
 using JobFunction = void (*)(const void* args, Worker& worker);
@@ -59,9 +60,11 @@ class Pool {
   ~Pool();
   int threads() const { return threads_; }
 
-  // Runs `function` on all threads, the caller's among them (or on the caller's alone), and returns when all are done.
-  // The caller holds `mutex()`: one job at a time.
-  void run(JobFunction function, const void* args, bool alone = false);
+  // Who works on a job: the caller and whichever other threads come in time to draw an item, the caller alone, or all.
+  enum class Crowd { kWhoComes, kAlone, kEveryone };
+
+  // Runs `function` and returns when all is done. The caller holds `mutex()`: one job at a time.
+  void run(JobFunction function, const void* args, Crowd crowd = Crowd::kWhoComes);
   std::mutex& mutex() { return job_mutex_; }
   // Memory of the whole job, for the holder of the mutex; `which` is a small number.
   char* shared(int which, size_t bytes) { return shared_[which].get(bytes); }
@@ -74,6 +77,7 @@ class Pool {
   void stop();
 
   int threads_;
+  uint64_t jobs_ = 0;
   std::mutex job_mutex_;
   Buffer shared_[8];
 };
