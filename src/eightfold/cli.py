@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal that lacks a character must not end the answer
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
+        if getattr(args, "nnodes", 1) > 1:
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of host names that nobody needs
         if options.is_follower(args, os.environ):
             return int(import_module("eightfold.worker").follow_as_told(options.engine_options(args)))
         command = import_module(f"eightfold.commands.{args.command.replace('-', '_')}")

@@ -31,6 +31,7 @@ from eightfold.parallel.remote import NestedGroup, Network
 from eightfold.parallel.shared import SharedGroup, new_memory, region_bytes
 from eightfold.types import EightfoldError, RankError
 
+QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # torch.distributed warns of host names that it does not need
 _REPORTED, _GONE, _SILENT = 1, 2, 3  # Segment::Failure of csrc/core/shared.h
 _SPIN_MICROS = 200
 _LAST_WORDS = 3  # seconds for children to end, and for word of a failure to come from another machine
@@ -150,7 +151,7 @@ class Job:
         in_main = threading.current_thread() is threading.main_thread()
         for rank in range(self.place.rank + 1, self.place.rank + self.place.local_size):
             place = replace(self.place, rank=rank, address=self._meeting.address, port=self._meeting.port)
-            own = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", **device_of(place, self.config.device, environ)}
+            own = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", **QUIET, **device_of(place, self.config.device, environ)}
             message = {"config": asdict(self.config), "place": asdict(place), "parent": self._pid, "thread": in_main}
             # A terminal's ctrl-C goes to all of them. It is rank 0's; theirs is blocked until they ignore it.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

@@ -164,12 +164,13 @@ class Network:
         before = _sockets()
         with _interface_towards(address):
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(days=30))
-        self._before = before
+        self._before, self._address = before, address
         self._opened = _sockets().items() - before.items()
 
     def group(self, ranks: Sequence[int], check: Check) -> TorchGroup | None:
         """The group of these ranks, in this order; None to a rank that is not of them. All ranks must call it."""
-        group = dist.new_group(list(ranks))
+        with _interface_towards(self._address):
+            group = dist.new_group(list(ranks))
         self._opened = _sockets().items() - self._before.items()
         return TorchGroup(group, check) if dist.get_rank() in ranks else None
 
@@ -178,6 +179,7 @@ class Network:
         if not clean:
             for _, number in self._opened & _sockets().items():
                 with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as one:
+                    one.getpeername()  # not one that listens: gloo ends the whole process when that breaks
                     one.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
