@@ -63,7 +63,9 @@ def main(args: argparse.Namespace) -> int:
     if args.isa is not None:
         # The way that all rooms know, and that the process which measures loading inherits.
         os.environ["EIGHTFOLD_CPU_ISA"] = args.isa
-    return {"kernels": _kernels, "offline": _offline, "loading": _loading, "all-reduce": _all_reduce}[args.what](options)
+    return {"kernels": _kernels, "offline": _offline, "loading": _loading, "all-reduce": _all_reduce}[args.what](
+        options
+    )
 
 
 def sizes(text: str) -> tuple[int, ...]:
