@@ -21,11 +21,14 @@ from torch import Tensor
 from eightfold.config import ModelConfig
 from eightfold.file_memory import BytesDone
 from eightfold.hub import resolve as resolve
+from eightfold.quant_config import Description, read_description
 from eightfold.safetensors_file import read_safetensors
 from eightfold.types import EightfoldError, Progress
 from eightfold.weight_files import WeightFiles, check_complete, find_weights, one_line, read_index
 
 _LAYER = re.compile(r"(model\.)?layers\.(\d+)\.(.+)")
+_SINGLE_EXPERT = re.compile(r"(block_sparse_moe\.experts\.\d+\.)(gate_proj|up_proj|down_proj)\.")
+_EXPERT_PARTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}  # as some compressed-tensors folders name them
 _TOUCH_BYTES = 32 << 20
 _READERS = 4  # enough requests to keep a disk busy
 
@@ -93,14 +96,22 @@ class Checkpoint:
             )
         tensors: dict[str, Tensor] = {}
         files: dict[str, Path] = {}
+        dtypes: dict[str, torch.dtype] = {}
         for stored_name, stored, path in _stored_tensors(weights, load_mode, _counter(weights, progress)):
+            dtypes[stored_name] = stored.dtype
             for name, tensor in _canonical(stored_name, stored, config, path):
                 if name in tensors:
                     raise EightfoldError(f"tensor {name!r} is stored twice, in {files[name]} and in {path}")
                 tensors[name], files[name] = tensor, path
+        if (description := read_description(folder)) is not None:
+            _check_description(description, dtypes)
         if config.tie_word_embeddings:
             _tie(tensors, files)
         return cls(tensors, files)
+
+    def file(self, name: str) -> Path:
+        """Where a tensor is stored."""
+        return self._files[name]
 
     def names(self) -> Sequence[str]:
         """Canonical names of all tensors."""
@@ -223,6 +234,28 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def _check_description(description: Description, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Raises EightfoldError unless MindIE's description is of these tensors (dtypes by the names that files use)."""
+    file = description.file
+    for name, quantized in description.quantized.items():
+        if name not in dtypes:
+            raise EightfoldError(f"{file} describes tensor {name!r}, which no weight file holds")
+        is_int8 = dtypes[name] == torch.int8
+        if is_int8 and not quantized:
+            raise EightfoldError(f"{file} says that tensor {name!r} is FLOAT, but it is stored as int8")
+        if quantized and name.endswith(".weight") and not is_int8:
+            found = _dtype_name(dtypes[name])
+            raise EightfoldError(f"{file} says that tensor {name!r} is quantized, but it is stored as {found}")
+    for name, dtype in dtypes.items():
+        if (
+            description.quantized
+            and dtype == torch.int8
+            and name.endswith(".weight")
+            and name not in description.quantized
+        ):
+            raise EightfoldError(f"{file} does not describe tensor {name!r}, which is stored as int8")
+
+
 def _canonical(name: str, tensor: Tensor, config: ModelConfig, path: Path) -> Iterator[tuple[str, Tensor]]:
     """A stored tensor under its canonical name, or the views that a fused one consists of."""
     in_layer = _LAYER.fullmatch(name)
@@ -257,6 +290,7 @@ def _mistral_layer_name(rest: str, config: ModelConfig, path: Path) -> str:
 
 def _experts(rest: str, tensor: Tensor, config: ModelConfig, path: Path) -> Iterator[tuple[str, Tensor]]:
     """The experts of a fused tensor as views: gate_up_proj holds w1 above w3; anything else comes out as it is."""
+    rest = _SINGLE_EXPERT.sub(lambda match: f"{match[1]}{_EXPERT_PARTS[match[2]]}.", rest)
     prefix, _, last = rest.rpartition(".")
     if last not in ("gate_up_proj", "down_proj") or prefix != "block_sparse_moe.experts":
         yield rest, tensor

@@ -38,11 +38,14 @@ COMMANDS: dict[str, Command] = {
     "compare": Command("how similar two models are", "A B", options.add_compare, options.COMPARE_EPILOG),
     "bench": Command(
         "measure kernels, the whole engine, or ranks",
-        "{kernels,offline,all-reduce} [MODEL]",
+        "{kernels,offline,loading,all-reduce} [MODEL]",
         bench.add_options,
         bench.EPILOG,
     ),
     "eval": Command("score data sets", "MODEL {--task,--lm-eval} TASK,…", options.add_eval, evaluation.EPILOG),
+    "quantize": Command(
+        "write a folder of quantized weights", "SRC DST", options.add_quantize, options.QUANTIZE_EPILOG
+    ),
     "make-random": Command("write a checkpoint of random weights, to measure with", "DST", options.add_make_random),
 }
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eightfold.config_file import QUANTIZE_KEYS, Keys, hugging_face_keys, mistral_keys, rope_values, scheme_of
+from eightfold.config_file import Keys, hugging_face_keys, mistral_keys, rope_values
+from eightfold.quant_config import quantization_keys, scheme_of
 from eightfold.types import EightfoldError
-from eightfold.weight_files import find_weights, in_words, read_json
+from eightfold.weight_files import find_weights, read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,7 @@ def _build(keys: Keys, folder: Path, interleaved: bool) -> ModelConfig:
         rope=RopeConfig(theta, kind, scaling, interleaved),
         sliding_window=keys.whole("sliding_window") if "sliding_window" in keys.raw else None,
         tie_word_embeddings=keys.flag("tie_word_embeddings"),
-        scheme=scheme_of(keys, layers, experts) or _described_scheme(folder) or "dense",
+        scheme=scheme_of(keys, layers, experts, folder),
         bos_token_id=next(iter(keys.ids("bos_token_id", 1)), None),
         eos_token_ids=_eos(keys, folder),
         torch_dtype=(keys.text("dtype") or keys.text("torch_dtype") or "").removeprefix("torch.") or None,
@@ -161,21 +162,6 @@ def _eos(keys: Keys, folder: Path) -> tuple[int, ...]:
     return keys.ids("eos_token_id", 2)
 
 
-def _described_scheme(folder: Path) -> str | None:
-    """From the description that lies beside MindIE's quantized weights, for folders whose config.json is silent."""
-    for name in ("quant_model_description.json", "quant_model_description_w8a8_dynamic.json"):
-        if (folder / name).is_file():
-            kind = read_json(folder / name).get("model_quant_type")
-            if kind in ("FLOAT", None):
-                return None
-            if kind != "W8A8_DYNAMIC":
-                raise EightfoldError(
-                    f"{name}: model_quant_type {in_words(kind)} is not read; W8A8_DYNAMIC and FLOAT are"
-                )
-            return "w8a8"
-    return None
-
-
 def config_json(config: ModelConfig) -> dict[str, Any]:
     """`config` as the content of a Hugging Face config.json, from which `load_model_config` makes an equal one.
 
@@ -208,6 +194,4 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
     }
     if config.rope.kind != "default":
         result["rope_scaling"] = {"rope_type": config.rope.kind, **dict(config.rope.scaling)}
-    if config.scheme != "dense":
-        result["quantize"] = QUANTIZE_KEYS[config.scheme]
-    return result
+    return result | quantization_keys(config.scheme)

@@ -6,7 +6,6 @@ Every key is either honoured (read by `config.py`), known not to change what the
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -89,10 +88,6 @@ ROPE_KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-# What config.json calls a scheme, after MindIE.
-QUANTIZE_KEYS = {"w8a8": "w8a8_dynamic", "w8a16": "w8a16"}
-
-
 class Keys:
     """The keys of one config file, named as in config.json; a bad value is an EightfoldError that names file and key.
 
@@ -167,7 +162,7 @@ def hugging_face_keys(file: str, raw: dict[str, Any]) -> Keys:
         raise EightfoldError(f"{file}: num_experts and num_local_experts disagree; give one of them")
     for key, value in raw.items():
         if key not in READ and key not in HARMLESS and not key.startswith("_"):
-            _refuse_unless_neutral(file, key, value)
+            refuse_unless_neutral(file, key, value)
     keys = Keys(file, raw)
     keys.require(_REQUIRED)
     return keys
@@ -183,12 +178,12 @@ def mistral_keys(file: str, raw: dict[str, Any]) -> Keys:
         if key in MISTRAL_KEYS or key in _MISTRAL_SAME:
             result[MISTRAL_KEYS.get(key, key)] = value
         elif key not in ("moe", "model_type", "max_batch_size"):
-            _refuse_unless_neutral(file, key, value)
+            refuse_unless_neutral(file, key, value)
     for key, value in moe.items():
         if key in ("num_experts", "num_experts_per_tok"):
             result["num_local_experts" if key == "num_experts" else key] = value
         else:
-            _refuse_unless_neutral(file, f"moe.{key}", value)
+            refuse_unless_neutral(file, f"moe.{key}", value)
     names = {ours: key for key, ours in MISTRAL_KEYS.items() if key in raw or ours not in raw}
     names |= {"num_local_experts": "moe.num_experts", "num_experts_per_tok": "moe.num_experts_per_tok"}
     keys = Keys(file, result, names)
@@ -196,7 +191,8 @@ def mistral_keys(file: str, raw: dict[str, Any]) -> Keys:
     return keys
 
 
-def _refuse_unless_neutral(file: str, key: str, value: object) -> None:
+def refuse_unless_neutral(file: str, key: str, value: object) -> None:
+    """Raises EightfoldError unless `value` is known to change nothing, whatever the key means."""
     neutral = NEUTRAL.get(key)
     if value is None or value is False or value in ("", [], {}) or (neutral is not None and value == neutral):
         return
@@ -236,7 +232,7 @@ def rope_values(keys: Keys, context: int) -> tuple[float, str, tuple[tuple[str, 
         values["truncate"] = given.flag("truncate", True)
     for key, value in given.raw.items():
         if key not in values and key not in ("rope_theta", "rope_type", "type", "finetuned"):
-            _refuse_unless_neutral(given.file, key, value)
+            refuse_unless_neutral(given.file, key, value)
     if kind == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
         raise given.fail("high_freq_factor", f"above low_freq_factor {values['low_freq_factor']}")
     return theta, kind, tuple(values.items())
@@ -257,84 +253,3 @@ def _rope_dict(keys: Keys) -> Keys:
     if merged.get("type") and merged.get("rope_type") and merged["type"] != merged["rope_type"]:
         raise EightfoldError(f"{keys.file}: type and rope_type of the rope scaling disagree; give one of them")
     return Keys(f"{keys.file}: {'rope_parameters' if new else 'rope_scaling' if old else 'rope'}", merged)
-
-
-def scheme_of(keys: Keys, layers: int, experts: int) -> str | None:
-    """The quantization scheme that config.json tells, or None where it is silent. Raises EightfoldError on others."""
-    kind, details = keys.text("quantize"), keys.raw.get("quantization_config")
-    if details is not None and not isinstance(details, dict):
-        raise keys.fail("quantization_config", "an object or null")
-    method = (details or {}).get("quant_method")
-    schemes = {key: scheme for scheme, key in QUANTIZE_KEYS.items()}
-    if kind is not None and kind not in schemes:
-        raise keys.fail("quantize", f"one of {', '.join(schemes)}, or absent for float weights")
-    if method is None:
-        for key, value in (details or {}).items():
-            if value != 0:
-                _refuse_unless_neutral(keys.file, f"quantization_config.{key}", value)
-        return None if kind is None else schemes[kind]
-    if kind is not None or method != "compressed-tensors":
-        raise EightfoldError(
-            f"{keys.file}: quantization method {in_words(method)} is not read here; supported are compressed-tensors "
-            'int8 (weights per channel, activations per token) and "quantize": "w8a8_dynamic"'
-        )
-    _check_compressed_tensors(f"{keys.file}: quantization_config", details or {}, layers, experts)
-    return "w8a8"
-
-
-def _check_compressed_tensors(file: str, details: Mapping[str, Any], layers: int, experts: int) -> None:
-    """Raises EightfoldError unless this is int8 weights per output channel with dynamic int8 activations per token."""
-    groups = details.get("config_groups")
-    if details.get("format") != "int-quantized" or not isinstance(groups, dict) or len(groups) != 1:
-        raise EightfoldError(
-            f"{file}: only format int-quantized with one group is read, not {in_words(details.get('format'))}"
-        )
-    (group,) = groups.values()
-    wanted = {
-        "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
-        "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
-    }
-    for part, rules in wanted.items():
-        found = group.get(part) if isinstance(group, dict) else None
-        for key, right in rules.items():
-            value = found.get(key) if isinstance(found, dict) else None
-            if value != right:
-                raise EightfoldError(f"{file}: {part}.{key} is {in_words(value)}; only {in_words(right)} is read here")
-    if group.get("targets") != ["Linear"]:
-        raise EightfoldError(f'{file}: targets are {in_words(group.get("targets"))}; only ["Linear"] is read here')
-    sparsity = details.get("sparsity_config") or {}
-    for key in ("kv_cache_scheme", "transform_config"):
-        _refuse_unless_neutral(file, key, details.get(key))
-    _refuse_unless_neutral(file, "output_activations", group.get("output_activations"))
-    if not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense":
-        raise EightfoldError(f"{file}: sparsity_config is {in_words(sparsity)}; only dense weights are read here")
-    _check_ignored(file, details.get("ignore") or [], layers, experts)
-
-
-def _check_ignored(file: str, ignored: object, layers: int, experts: int) -> None:
-    """Raises EightfoldError unless exactly lm_head and the gates of all layers stay float."""
-    if not isinstance(ignored, list) or not all(isinstance(entry, str) for entry in ignored):
-        raise EightfoldError(f"{file}: ignore is {in_words(ignored)}; it must be a list of strings")
-    exact = {entry for entry in ignored if not entry.startswith("re:")}
-    try:
-        patterns = [re.compile(entry[3:]) for entry in ignored if entry.startswith("re:")]
-    except re.error as error:
-        raise EightfoldError(f"{file}: ignore holds a bad pattern: {error}") from None
-
-    def is_ignored(name: str) -> bool:
-        spellings = (name, name.replace("block_sparse_moe", "mlp"))
-        return any(spelling in exact or any(p.match(spelling) for p in patterns) for spelling in spellings)
-
-    if not is_ignored("lm_head"):
-        raise EightfoldError(f"{file}: ignore lacks lm_head; a quantized lm_head is not read here")
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}"
-        if not is_ignored(f"{prefix}.block_sparse_moe.gate"):
-            raise EightfoldError(
-                f"{file}: ignore lacks {prefix}.block_sparse_moe.gate; a quantized gate is not read here"
-            )
-        names = [f"self_attn.{x}_proj" for x in "qkvo"]
-        names += [f"block_sparse_moe.experts.{e}.w{i}" for e in range(experts) for i in (1, 2, 3)]
-        for name in names:
-            if is_ignored(f"{prefix}.{name}"):
-                raise EightfoldError(f"{file}: ignore holds {prefix}.{name}; only lm_head and gates may stay float")

@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import os
+import threading
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -142,12 +143,14 @@ def _counts(value: object) -> list[int] | None:
 class SafetensorsWriter:
     """Writes one file, tensor by tensor in any order, under a temporary name until all are there.
 
-    The data start at a multiple of 64 bytes, and so does every tensor whose size is one. Use it in a `with`; after
-    an exception nothing is left. Raises EightfoldError when the file can't be written.
+    The data start at a multiple of 64 bytes, and so does every tensor whose size is one. A `durable` file gets its
+    name when its bytes are on the disk. Use it in a `with`; after an exception nothing is left. Raises EightfoldError
+    when the file can't be written.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], durable: bool = False) -> None:
         self.path = path
+        self._durable = durable
         self._specs = dict(specs)
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         # The format allows no gaps: tensors of odd sizes go last, widest elements first, so that each stays aligned.
@@ -163,7 +166,8 @@ class SafetensorsWriter:
         header = json.dumps(entries, separators=(",", ":")).encode()
         header += b" " * (-(8 + len(header)) % _ALIGNMENT)
         self._start = 8 + len(header)
-        self._missing = set(specs)
+        self._missing = {name: spec.nbytes for name, spec in specs.items()}
+        self._lock = threading.Lock()
         try:
             self._file = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         except OSError as error:
@@ -175,10 +179,21 @@ class SafetensorsWriter:
         spec = self._specs[name]
         if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
             raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, announced as {spec}")
-        if spec.nbytes:
+        self._write_part(name, 0, tensor)
+
+    def write_rows(self, name: str, first: int, rows: Tensor) -> None:
+        """Stores some rows of a tensor, from row `first`; each row once, in any order and from any thread."""
+        spec = self._specs[name]
+        if rows.dtype != spec.dtype or tuple(rows.shape[1:]) != spec.shape[1:] or first + len(rows) > spec.shape[0]:
+            raise ValueError(f"rows {first} … of {name} are {rows.dtype} {list(rows.shape)}, announced as {spec}")
+        self._write_part(name, first * (spec.nbytes // max(spec.shape[0], 1)), rows)
+
+    def _write_part(self, name: str, offset: int, tensor: Tensor) -> None:
+        if tensor.numel():
             data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            self._write_at(self._start + self._offsets[name], data.numpy().data)
-        self._missing.discard(name)
+            self._write_at(self._start + self._offsets[name] + offset, data.numpy().data)
+        with self._lock:
+            self._missing[name] -= tensor.nbytes
 
     def _write_at(self, offset: int, data: bytes | memoryview) -> None:
         rest = memoryview(data)
@@ -201,9 +216,11 @@ class SafetensorsWriter:
 
     def finish(self) -> None:
         """Gives the file its name. All tensors must have been written."""
-        if self._missing:
-            raise ValueError(f"{self.path} lacks {sorted(self._missing)}")
+        if missing := sorted(name for name, count in self._missing.items() if count):
+            raise ValueError(f"{self.path} lacks {missing}, or has some of it twice")
         try:
+            if self._durable:
+                os.fsync(self._file)
             self._temporary.replace(self.path)
         except OSError as error:
             raise EightfoldError(f"cannot write {self.path}: {error.strerror}") from None

@@ -26,11 +26,12 @@ class WeightFiles:
 
 
 # The first kind of which a folder has a file is the one that is read. A single file goes before an index, as in
-# transformers; Mistral's own files come after Hugging Face's, and pickles last.
+# transformers; MindIE's files before an index, since a quantized folder may have one of that name for other readers;
+# Mistral's own files come after Hugging Face's, and pickles last.
 _KINDS = (
     ("hf", False, r"model\.safetensors", None),
-    ("hf", False, r"model-\d+-of-\d+\.safetensors", "model.safetensors.index.json"),
     ("hf", False, r"quant_model_weight\w*(-\d+-of-\d+)?\.safetensors", "quant_model_weight*.index.json"),
+    ("hf", False, r"model-\d+-of-\d+\.safetensors", "model.safetensors.index.json"),
     ("mistral", False, r"consolidated([.-]\d+(-of-\d+)?)?\.safetensors", "consolidated*.index.json"),
     ("hf", True, r"pytorch_model\.bin", None),
     ("hf", True, r"pytorch_model-\d+-of-\d+\.bin", "pytorch_model.bin.index.json"),

@@ -48,6 +48,11 @@ so neither has to fit in memory.
   eightfold compare MODEL MODEL-w8a8 --html compare.html
   eightfold compare demo demo --kv-cache-dtype-b bfloat16"""
 
+
+QUANTIZE_EPILOG = """\
+interrupted:
+  What is finished stays in DST.partial. The same command goes on from there; DST appears when all of it is written."""
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B?)", re.IGNORECASE)
 _EXPONENTS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -148,6 +153,28 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default=_default("device"), metavar="NAME", help="cpu (default) or torch")
     group.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: all cores)")
     group.add_argument("--allow-pickle", action="store_true", help="read .bin weights (no code in them is run)")
+
+
+def add_quantize(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `eightfold quantize`."""
+    parser.add_argument("source", metavar="SRC", help="a folder, demo, or a name on the Hugging Face hub")
+    parser.add_argument("destination", metavar="DST", help="the folder to write; it must be absent or empty")
+    parser.add_argument(
+        "--scheme",
+        default="w8a8_dynamic",
+        help="w8a8_dynamic (w8a8), int8 weights and activations, or w8a16, int8 weights only (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-shard-size", type=size, default="4GB", metavar="SIZE", help="the largest file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--calibrate", metavar="FILE", help="a text to fit outlier smoothing to; kept where it lowers the error"
+    )
+    parser.add_argument(
+        "--calibration-tokens", type=int, default=2048, metavar="N", help="how much of it (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: all cores)")
+    parser.add_argument("--allow-pickle", action="store_true", help="read .bin and .pth files, tensors only")
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_tokens: int | None, single: bool = False) -> None:

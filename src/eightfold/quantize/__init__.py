@@ -1,0 +1,241 @@
+"""A model folder → a complete folder of quantized weights, a few rows at a time.
+
+What is held in memory is a block of rows for each thread: the source is mapped, and what is computed goes straight to
+its place in the file. Files that are finished stay when a run is interrupted, and the next run goes on after them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from eightfold.checkpoint import Checkpoint
+from eightfold.config import load_model_config
+from eightfold.machine import usable_cores
+from eightfold.model import stored_tensors
+from eightfold.quant import Scheme
+from eightfold.quant_config import schemes_by_key
+from eightfold.quantize.folder import PartialFolder, check_room, fingerprint, has_file, side_files, write_side_files
+from eightfold.quantize.plan import File, Plan
+from eightfold.quantize.smooth import Smoothing, calibrate
+from eightfold.quantize.source import Source
+from eightfold.safetensors_file import SafetensorsWriter, TensorSpec
+from eightfold.tokenizer import Tokenizer
+from eightfold.types import EightfoldError, Progress
+from eightfold.weight_files import one_line
+
+DEFAULT_SHARD_BYTES = 4 * 10**9
+_AHEAD = 4  # blocks a thread may have waiting
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeConfig:
+    """Options of a run. `scheme` is a scheme's name or what config.json calls it; `threads` None takes all cores.
+
+    `calibrate` is a text whose first `calibration_tokens` tokens smoothing is fitted to; None is no smoothing.
+    """
+
+    scheme: str = "w8a8_dynamic"
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    threads: int | None = None
+    allow_pickle: bool = False
+    calibrate: Path | None = None
+    calibration_tokens: int = 2048
+
+
+class Quantized(NamedTuple):
+    """What came of a run: bytes of weights before and after, seconds, how many files an earlier run had finished."""
+
+    folder: Path
+    source_bytes: int
+    bytes: int
+    seconds: float
+    resumed_files: int
+    smoothing: Smoothing | None = None
+
+
+def quantize(
+    src: Path,
+    dst: Path,
+    config: QuantizeConfig,
+    progress: Progress | None = None,
+    calibrating: Progress | None = None,
+) -> Quantized:
+    """Writes `dst`, which must be absent or empty, from the model folder `src`.
+
+    Everything is checked first. After an interruption `dst` is absent and `<dst>.partial` holds what is finished; the
+    same call goes on from there, and its result is byte for byte that of an uninterrupted one. `progress` hears of
+    bytes written, `calibrating` of layers before that. Raises EightfoldError
+    on a source or option that won't do, a tensor with a NaN or an infinity, and a full disk.
+    """
+    start = time.perf_counter()
+    scheme = check_options(src, dst, config)
+    source = Source(src, config.allow_pickle)
+    if source.config.scheme == scheme:
+        raise EightfoldError(f"{src} is quantized to {scheme} already")
+    plan = Plan(source, scheme, config.max_shard_bytes)
+    ids = _calibration_ids(src, config)
+    options = {"scheme": scheme, "max_shard_bytes": config.max_shard_bytes, "calibration": _digest(ids)}
+    folder = PartialFolder(dst, fingerprint(source, options))
+    folder.check()
+    finished = [file.name for file in plan.files if has_file(folder.path, file)]
+    copied = side_files(src)
+    rest = sum(file.nbytes for file in plan.files if file.name not in finished)
+    check_room(dst, rest + sum(path.stat().st_size for path in copied))
+    with folder, _threads(config.threads) as pool:
+        try:
+            smoothing = _smoothing(source, scheme, ids, config.threads, folder, calibrating)
+            source.factors = smoothing.factors if smoothing else source.factors
+            _write_files(source, plan, folder, finished, pool, progress)
+        except BaseException:
+            folder.discard_if_empty()
+            raise
+        write_side_files(source, plan, folder.path, copied)
+        _check_result(folder.path)
+        folder.complete()
+    return Quantized(
+        dst, source.checkpoint.total_bytes, plan.nbytes, time.perf_counter() - start, len(finished), smoothing
+    )
+
+
+def check_options(src: Path, dst: Path, config: QuantizeConfig) -> str:
+    """→ the scheme's own name. Raises EightfoldError on an option outside its range, and if the folders are one."""
+    names = schemes_by_key()
+    if config.scheme not in names:
+        raise EightfoldError(f"--scheme is {config.scheme!r}; it must be one of {', '.join(names)}")
+    if config.max_shard_bytes < 1:
+        raise EightfoldError(f"--max-shard-size is {config.max_shard_bytes}; it must be at least 1 byte")
+    if config.threads is not None and config.threads < 1:
+        raise EightfoldError(f"--threads is {config.threads}; it must be at least 1")
+    if src.resolve() == dst.resolve():
+        raise EightfoldError(f"source and destination are the same folder, {src}; give another destination")
+    if not dst.name or dst.name == "..":
+        raise EightfoldError(f"{dst} is no name for a new folder")
+    return names[config.scheme]
+
+
+def _calibration_ids(src: Path, config: QuantizeConfig) -> list[int]:
+    """The first tokens of the calibration text; none without one."""
+    if config.calibrate is None:
+        return []
+    try:
+        text = config.calibrate.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EightfoldError(f"cannot read the calibration text {config.calibrate}: {one_line(error)}") from None
+    if config.calibration_tokens < 1:
+        raise EightfoldError(f"--calibration-tokens is {config.calibration_tokens}; it must be at least 1")
+    return Tokenizer.load(src).encode(text)[: config.calibration_tokens]
+
+
+def _digest(ids: Sequence[int]) -> str | None:
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest() if ids else None
+
+
+def _smoothing(
+    source: Source,
+    scheme: str,
+    ids: Sequence[int],
+    threads: int | None,
+    folder: PartialFolder,
+    progress: Progress | None,
+) -> Smoothing | None:
+    """Factors for `ids`, those of an earlier run if it saved them; None without ids."""
+    if not ids:
+        return None
+    if (saved := folder.saved()) is not None:
+        return saved
+    smoothing = calibrate(source, scheme, ids, threads, progress)
+    folder.save(smoothing)
+    return smoothing
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[ThreadPoolExecutor]:
+    """Threads that each run torch on one core; what waits is dropped when something fails."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(count or usable_cores())
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def _write_files(
+    source: Source,
+    plan: Plan,
+    folder: PartialFolder,
+    finished: Collection[str],
+    pool: ThreadPoolExecutor,
+    progress: Progress | None,
+) -> None:
+    done = sum(file.nbytes for file in plan.files if file.name in finished)
+    for file in plan.files:
+        if file.name in finished:
+            continue
+        with SafetensorsWriter(folder.path / file.name, file.specs, durable=True) as writer:
+            for written in _run(pool, _tasks(source, plan, file, writer)):
+                done += written
+                if progress:
+                    progress(done, plan.nbytes)
+
+
+def _run(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], int]]) -> Iterator[int]:
+    """Results as they come, a few tasks at a time. After an exception none is running any more."""
+    waiting: set[Future[int]] = set()
+    try:
+        for task in tasks:
+            waiting.add(pool.submit(task))
+            if len(waiting) >= _AHEAD * pool._max_workers:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        yield from (future.result() for future in waiting)
+    finally:
+        for future in waiting:
+            future.cancel()
+        wait(waiting)
+
+
+def _tasks(source: Source, plan: Plan, file: File, writer: SafetensorsWriter) -> Iterator[Callable[[], int]]:
+    """What there is to do for a file, in pieces that return the bytes that they have written."""
+    for name in file.weights:
+        rows, step = source.shape(name)[0], source.rows_of_block(name)
+        for start in range(0, rows, step):
+            yield partial(_write_rows, source, plan.scheme_of(name), writer, name, start, min(start + step, rows))
+    if not file.weights:
+        for full, spec in file.specs.items():
+            yield partial(_write_zeros, writer, full, spec)
+
+
+def _write_rows(source: Source, scheme: Scheme, writer: SafetensorsWriter, name: str, start: int, stop: int) -> int:
+    rows = source.rows(name, start, stop)
+    if rows.is_floating_point():
+        parts = scheme.quantize(rows)
+    else:  # int8 of another scheme: the numbers are the same
+        scale = source.rows(name, start, stop, "weight_scale").float().reshape(-1, 1)
+        parts = dict(scheme.wrap({"weight": rows, "weight_scale": scale}).parts)
+    for part, tensor in parts.items():
+        writer.write_rows(f"{name}.{part}", start, tensor)
+    return sum(tensor.nbytes for tensor in parts.values())
+
+
+def _write_zeros(writer: SafetensorsWriter, name: str, spec: TensorSpec) -> int:
+    writer.write(name, torch.zeros(spec.shape, dtype=spec.dtype))
+    return spec.nbytes
+
+
+def _check_result(folder: Path) -> None:
+    """Raises EightfoldError if what was written is not a model folder."""
+    config = load_model_config(folder)
+    Checkpoint.open(folder, config).check(stored_tensors(config))
