@@ -119,6 +119,14 @@ Exchange exchange_of(const ExchangeTuple& tuple) {
   return {pointer(absmax), pointer<int32_t>(sums), pointer(parts), agree};
 }
 
+int64_t round_rows(Address data, int dtype, int64_t rows, int64_t cols, int64_t stride, Address out, Address scales,
+                   const std::string& isa) {
+  const Dtype kind = dtype_of(dtype);
+  if (kind == Dtype::i8) throw std::invalid_argument("rows to round are floats");
+  return find_variant(isa)->round_rows(
+      {pointer<const void>(data), kind, rows, cols, stride, pointer<int8_t>(out), pointer(scales)});
+}
+
 std::vector<std::string> names(bool only_usable) {
   int count;
   const Variant* all = variants(&count);
@@ -190,6 +198,10 @@ NB_MODULE(_native, m) {
       nb::arg("threads") = 0, nb::arg("ms") = 50.0, nb::arg("isa") = "", release(), "The same for fp32.");
   m.def("probe_read_bandwidth", &probe_read_bandwidth, nb::arg("nbytes"), nb::arg("threads") = 0, nb::arg("isa") = "",
         release(), "Bytes per second of reading nbytes of huge pages once; the best of four.");
+
+  m.def("round_rows", &round_rows, nb::arg("data"), nb::arg("dtype"), nb::arg("rows"), nb::arg("cols"),
+        nb::arg("stride"), nb::arg("out"), nb::arg("scales"), nb::arg("isa") = "", release(),
+        "Float rows to int8 and scales, on the calling thread: the first row that is not finite, or -1.");
 
   nb::class_<Engine>(m, "Engine", "A kernel variant and its threads.")
       .def(nb::init<int, const std::string&>(), nb::arg("threads") = 0, nb::arg("isa") = "")

@@ -206,6 +206,44 @@ def test_quantized_tensors_and_their_files(folder: Path) -> None:
     assert (checkpoint.main_dtype, checkpoint.total_bytes) == (torch.float32, 1600)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        (W1, "FLOAT", "says that tensor .*experts.2.w1.weight. is FLOAT, but it is stored as int8"),
+        (W1, None, "does not describe tensor .*experts.2.w1.weight., which is stored as int8"),
+        (
+            "lm_head.weight",
+            "W8A8_DYNAMIC",
+            "says that tensor .lm_head.weight. is quantized, but it is stored as float32",
+        ),
+        ("model.norm.weight", "FLOAT", "describes tensor .model.norm.weight., which no weight file holds"),
+    ],
+)
+def test_a_description_that_disagrees_with_the_tensors(folder: Path, name: str, kind: str | None, words: str) -> None:
+    stored = {W1: torch.ones(40, 32, dtype=torch.int8), f"{W1}_scale": torch.ones(40, 1)}
+    save_file({**stored, "lm_head.weight": torch.ones(96, 32)}, folder / "quant_model_weight_w8a8_dynamic.safetensors")
+    right = {"model_quant_type": "W8A8_DYNAMIC", **dict.fromkeys(stored, "W8A8_DYNAMIC"), "lm_head.weight": "FLOAT"}
+    description = folder / "quant_model_description.json"
+    description.write_text(json.dumps(right))
+    open_folder(folder)
+    wrong = {**right, name: kind}
+    description.write_text(json.dumps({key: value for key, value in wrong.items() if value}))
+    with pytest.raises(EightfoldError, match=words):
+        open_folder(folder)
+
+
+def test_experts_named_gate_up_and_down(folder: Path, tensors: dict[str, Tensor]) -> None:
+    names = {".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
+
+    def renamed(name: str) -> str:
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        return name
+
+    save_file({renamed(name): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    assert_holds(open_folder(folder), tensors)
+
+
 @pytest.mark.parametrize("shards", [False, True])
 def test_pickles_need_consent(folder: Path, tensors: dict[str, Tensor], shards: bool) -> None:
     file = "pytorch_model-00001-of-00001.bin" if shards else "pytorch_model.bin"

@@ -268,7 +268,9 @@ def test_compressed_tensors(tmp_path: Path) -> None:
     gates = [f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(32)]
     assert load(tmp_path, quantization_config=compressed_tensors(ignore=["lm_head", *gates])).scheme == "w8a8"
     for changes, words in (
-        ({"format": "pack-quantized"}, "int-quantized"),
+        ({"format": "pack-quantized"}, "pack-quantized. is not read; int-quantized and naive-quantized are"),
+        ({"group": {"format": "pack-quantized"}}, "pack-quantized. is not read"),
+        ({"config_groups": {}}, "must be one group"),
         ({"ignore": ["re:.*gate"]}, "ignore lacks lm_head"),
         ({"ignore": ["lm_head", *gates[:-1]]}, "lacks model.layers.31.block_sparse_moe.gate"),
         (
@@ -276,7 +278,8 @@ def test_compressed_tensors(tmp_path: Path) -> None:
             "holds model.layers.3.self_attn.q_proj",
         ),
         ({"ignore": ["re:("]}, "bad pattern"),
-        ({"group": {"input_activations": None}}, "input_activations.num_bits is null; only 8"),
+        ({"group": {"input_activations": {"num_bits": 4}}}, "input_activations.num_bits is 4; only 8"),
+        ({"group": {"weights": None}}, "weights.num_bits is null; only 8"),
         ({"group": {"targets": ["re:.*"]}}, "targets"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
     ):
@@ -286,12 +289,35 @@ def test_compressed_tensors(tmp_path: Path) -> None:
 
 def test_scheme_from_the_description_beside_quantized_weights(tmp_path: Path) -> None:
     description = tmp_path / "quant_model_description_w8a8_dynamic.json"
-    for kind, scheme in (("W8A8_DYNAMIC", "w8a8"), ("FLOAT", "dense")):
+    for kind, scheme in (("W8A8_DYNAMIC", "w8a8"), ("W8A16", "w8a16"), ("FLOAT", "dense")):
         description.write_text(json.dumps({"model_quant_type": kind}))
         assert load(tmp_path).scheme == scheme
-    description.write_text(json.dumps({"model_quant_type": "W8A16"}))
-    with pytest.raises(EightfoldError, match="W8A16"):
-        load(tmp_path)
+    for content, words in (
+        (
+            {"model_quant_type": "W4A8_DYNAMIC"},
+            r"model_quant_type is .W4A8_DYNAMIC.; W8A8_DYNAMIC, W8A16 and FLOAT are",
+        ),
+        ({"model_quant_type": "W8A16", "a.weight": "W8A8"}, r"a\.weight is .W8A8.; "),
+        ({"model_quant_type": "W8A16", "a.weight": "W8A8_DYNAMIC"}, r"a\.weight is .* in a model of W8A16"),
+        ({"model_quant_type": "W8A16", "group_size": 64}, "group_size is 64"),
+        ({"model_quant_type": "W8A16", "kv_quant_type": "C8"}, "kv_quant_type is .C8."),
+    ):
+        description.write_text(json.dumps(content))
+        with pytest.raises(EightfoldError, match=words):
+            load(tmp_path)
+
+
+def test_places_that_tell_the_scheme_must_agree(tmp_path: Path) -> None:
+    (tmp_path / "quant_model_description.json").write_text(json.dumps({"model_quant_type": "W8A8_DYNAMIC"}))
+    block = compressed_tensors()
+    assert load(tmp_path, quantize="w8a8_dynamic", quantization_config=block).scheme == "w8a8"
+    with pytest.raises(EightfoldError, match=r"config\.json: quantize says w8a16 but .*model_quant_type says w8a8"):
+        load(tmp_path, quantize="w8a16")
+    weight_only = compressed_tensors(format="naive-quantized", group={"input_activations": None})
+    with pytest.raises(EightfoldError, match=r"quantization_config says w8a16 but .* says w8a8"):
+        load(tmp_path, quantization_config=weight_only)
+    (tmp_path / "quant_model_description.json").unlink()
+    assert load(tmp_path, quantization_config=weight_only).scheme == "w8a16"
 
 
 def test_params_json(tmp_path: Path) -> None:

@@ -43,15 +43,15 @@ def interleave(weight: Tensor, head_dim: int) -> Tensor:
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-def test_mistral(made: tuple[Any, Path], tmp_path: Path) -> None:
-    model, source = made
+def write_mistral(model: Any, source: Path, folder: Path) -> None:
+    """The weights in `source`, as Mistral's own releases have them."""
     config = model.config
     head_dim = config.hidden_size // config.num_attention_heads
     tensors = {
         mistral_name(name): interleave(tensor, head_dim) if "q_proj" in name or "k_proj" in name else tensor
         for name, tensor in load_file(source / "model.safetensors").items()
     }
-    save_file(tensors, tmp_path / "consolidated.safetensors")
+    save_file(tensors, folder / "consolidated.safetensors")
     params = {
         "dim": config.hidden_size,
         "n_layers": config.num_hidden_layers,
@@ -63,5 +63,10 @@ def test_mistral(made: tuple[Any, Path], tmp_path: Path) -> None:
         "vocab_size": config.vocab_size,
         "moe": {"num_experts": config.num_local_experts, "num_experts_per_tok": config.num_experts_per_tok},
     }
-    (tmp_path / "params.json").write_text(json.dumps(params))
+    (folder / "params.json").write_text(json.dumps(params))
+
+
+def test_mistral(made: tuple[Any, Path], tmp_path: Path) -> None:
+    model, source = made
+    write_mistral(model, source, tmp_path)
     assert_same_logits(model, tmp_path)

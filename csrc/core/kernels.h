@@ -149,6 +149,17 @@ struct MoeStep {
   int32_t* sums;  // [slots of the group, width]; `down` writes it, then the ranks add theirs up
 };
 
+constexpr int64_t kRoundBlock = 512;  // elements of a row that are widened at a time
+
+// Float rows of `cols` elements to int8 and a scale each.
+struct RoundRows {
+  const void* data;
+  Dtype dtype;  // not i8
+  int64_t rows, cols, stride;
+  int8_t* out;    // [rows, cols]
+  float* scales;  // [rows]
+};
+
 struct ProbeJob {
   int which;
   int64_t iterations;
@@ -173,6 +184,7 @@ struct Kernels {
   // Operations per iteration of a loop over registers (0: int8, 1: bf16, 2: fp32), and that loop; 3: reading memory.
   double (*probe_operations)(int which);
   void (*probe)(const ProbeJob&, Worker&);
+  int64_t (*round_rows)(const RoundRows&);  // the first row that is not finite, or -1; on the calling thread
 };
 
 template <class Args>

@@ -16,6 +16,7 @@ void moe(const Moe&, Worker&);
 void moe_step(const MoeStep&, Worker&);
 void row_absmax(const RowAbsmax&, Worker&);
 void scale_sums(const ScaleSums&, Worker&);
+int64_t round_rows(const RoundRows&);
 
 namespace {
 
@@ -143,6 +144,7 @@ const Kernels kernels = {
     scale_sums,
     probe_operations,
     probe,
+    round_rows,
 };
 
 }  // namespace eightfold::EIGHTFOLD_ISA

@@ -22,6 +22,7 @@ from eightfold.types import EightfoldError
 LOAD_MODES = ("mmap", "copy", "lock")
 HUGE_PAGE = 2 << 20
 _CHUNK = 32 << 20
+_MADV_POPULATE_READ = 22
 _THREADS = 4  # enough requests to keep a disk busy
 
 BytesDone = Callable[[int], None]  # called with the number of bytes that have come in since the last call
@@ -96,6 +97,13 @@ def _lock(mapped: mmap.mmap, size: int, report: BytesDone) -> None:
     with ThreadPoolExecutor(_THREADS) as pool:
         for count in pool.map(lock, range(0, size, _CHUNK)):
             report(count)
+
+
+def populate(address: int, size: int) -> None:
+    """Waits until a mapped range is in memory and mapped, where the system can do that (Linux 5.14). A wish only."""
+    start = address // mmap.PAGESIZE * mmap.PAGESIZE
+    libc = ctypes.CDLL(None)
+    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + size - start), _MADV_POPULATE_READ)
 
 
 def _address(buffer: mmap.mmap) -> int:

@@ -44,6 +44,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the reference implementation
 _SIZE_LIMIT = 1 << 59  # elements, zeros counted as ones: what torch can have strides for
+_FLUSH_BYTES = 64 << 20
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
 
@@ -168,6 +169,7 @@ class SafetensorsWriter:
         self._start = 8 + len(header)
         self._missing = {name: spec.nbytes for name, spec in specs.items()}
         self._lock = threading.Lock()
+        self._unflushed = 0
         try:
             self._file = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         except OSError as error:
@@ -194,6 +196,11 @@ class SafetensorsWriter:
             self._write_at(self._start + self._offsets[name] + offset, data.numpy().data)
         with self._lock:
             self._missing[name] -= tensor.nbytes
+            self._unflushed += tensor.nbytes
+            flush = self._durable and self._unflushed >= _FLUSH_BYTES
+            self._unflushed = 0 if flush else self._unflushed
+        if flush:  # starts to write to the disk, so that there is little to wait for at the end
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _write_at(self, offset: int, data: bytes | memoryview) -> None:
         rest = memoryview(data)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from eightfold.quant import Scheme
 from eightfold.quant_config import schemes_by_key
 from eightfold.quantize.folder import PartialFolder, check_room, fingerprint, has_file, side_files, write_side_files
 from eightfold.quantize.plan import File, Plan
+from eightfold.quantize.rounding import round_rows
 from eightfold.quantize.smooth import Smoothing, calibrate
 from eightfold.quantize.source import Source
 from eightfold.safetensors_file import SafetensorsWriter, TensorSpec
@@ -35,6 +37,7 @@ from eightfold.types import EightfoldError, Progress
 from eightfold.weight_files import one_line
 
 DEFAULT_SHARD_BYTES = 4 * 10**9
+_WEIGHTS_AHEAD = 2
 _AHEAD = 4  # blocks a thread may have waiting
 
 
@@ -184,8 +187,11 @@ def _write_files(
     for file in plan.files:
         if file.name in finished:
             continue
-        with SafetensorsWriter(folder.path / file.name, file.specs, durable=True) as writer:
-            for written in _run(pool, _tasks(source, plan, file, writer)):
+        with (
+            _Reader(source, file.weights) as reader,
+            SafetensorsWriter(folder.path / file.name, file.specs, durable=True) as writer,
+        ):
+            for written in _run(pool, _tasks(source, plan, file, writer, reader)):
                 done += written
                 if progress:
                     progress(done, plan.nbytes)
@@ -207,9 +213,37 @@ def _run(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], int]]) -> Iterat
         wait(waiting)
 
 
-def _tasks(source: Source, plan: Plan, file: File, writer: SafetensorsWriter) -> Iterator[Callable[[], int]]:
+class _Reader:
+    """Reads weights from the disk a few ahead of those that are worked on."""
+
+    def __init__(self, source: Source, names: Sequence[str]) -> None:
+        self._source, self._names = source, iter(names)
+        self._pool = ThreadPoolExecutor(1)
+        self._ahead = deque(self._next() for _ in range(_WEIGHTS_AHEAD))
+
+    def _next(self) -> Future[None] | None:
+        name = next(self._names, None)
+        return self._pool.submit(self._source.read_ahead, name) if name is not None else None
+
+    def wait(self) -> None:
+        """Until the next weight is there."""
+        self._ahead.append(self._next())
+        if (first := self._ahead.popleft()) is not None:
+            first.result()
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _tasks(
+    source: Source, plan: Plan, file: File, writer: SafetensorsWriter, reader: _Reader
+) -> Iterator[Callable[[], int]]:
     """What there is to do for a file, in pieces that return the bytes that they have written."""
     for name in file.weights:
+        reader.wait()
         rows, step = source.shape(name)[0], source.rows_of_block(name)
         for start in range(0, rows, step):
             yield partial(_write_rows, source, plan.scheme_of(name), writer, name, start, min(start + step, rows))
@@ -221,7 +255,10 @@ def _tasks(source: Source, plan: Plan, file: File, writer: SafetensorsWriter) ->
 def _write_rows(source: Source, scheme: Scheme, writer: SafetensorsWriter, name: str, start: int, stop: int) -> int:
     rows = source.rows(name, start, stop)
     if rows.is_floating_point():
-        parts = scheme.quantize(rows)
+        made = round_rows(scheme, rows)
+        if made is None:
+            raise source.not_finite(name)
+        parts = made
     else:  # int8 of another scheme: the numbers are the same
         scale = source.rows(name, start, stop, "weight_scale").float().reshape(-1, 1)
         parts = dict(scheme.wrap({"weight": rows, "weight_scale": scale}).parts)

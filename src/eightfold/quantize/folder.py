@@ -181,8 +181,7 @@ def check_room(dst: Path, needed: int) -> None:
     free = stat.f_bavail * stat.f_frsize
     if free < needed:
         raise EightfoldError(
-            f"{dst} needs {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free: "
-            f"{(needed - free) / 1e9:.2f} GB are missing"
+            f"{dst} needs {_size(needed)} and {folder} has {_size(free)} free: {_size(needed - free)} are missing"
         )
 
 
@@ -206,3 +205,7 @@ def write_side_files(source: Source, plan: Plan, folder: Path, copied: Iterable[
         ("config.json", new_config(source, plan.scheme)),
     ):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -223,14 +223,14 @@ class _Finder:
 
     def _largest_columns(self, name: str) -> Tensor:
         """The largest absolute weight of each column [in]."""
-        blocks = self._weight(name).split(_BLOCK_ROWS)
+        blocks = torch.split(self._weight(name), _BLOCK_ROWS)
         return torch.stack([block.float().abs().amax(0) for block in blocks]).amax(0)
 
     def _errors(self, name: str, x: Tensor, candidates: Sequence[Tensor]) -> tuple[Tensor, float]:
         """Of the outputs x · wᵀ: Σ (quantized − float)² without factors and with each of the candidates; Σ float²."""
         ones = torch.ones(x.shape[1])
         lost, total = torch.zeros(1 + len(candidates), dtype=torch.float64), 0.0
-        for block in self._weight(name).split(_BLOCK_ROWS):
+        for block in torch.split(self._weight(name), _BLOCK_ROWS):
             wide = block.float()
             want = self._ops.linear(x, self._ops.prepare_linear([get_scheme("dense").wrap({"weight": wide})]))
             total += float(want.double().square().sum())

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from eightfold.checkpoint import Checkpoint
 from eightfold.config import ModelConfig, load_model_config
+from eightfold.file_memory import populate
 from eightfold.model import axis_sizes, stored_tensors, weight_table
 from eightfold.types import EightfoldError
 
+_READ_BYTES = 8 << 20
 BLOCK_BYTES = 2 << 20  # of a block of rows in fp32: it stays in a core's cache from one operation to the next
 
 
@@ -47,24 +49,26 @@ class Source:
         """Of a weight, by its name without ".weight"."""
         return tuple(self._sizes[axis] for axis in self.table[name].axes)
 
+    def read_ahead(self, name: str) -> None:
+        """Waits until a weight has been read from the disk."""
+        tensor = self.checkpoint.tensor(f"{name}.weight")
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        for at in range(start, end, _READ_BYTES):
+            populate(at, min(_READ_BYTES, end - at))
+
     def rows_of_block(self, name: str) -> int:
         """How many rows to ask for at a time."""
         shape = self.shape(name)
         return max(1, BLOCK_BYTES // (4 * shape[1])) if len(shape) == 2 else shape[0]
 
     def rows(self, name: str, start: int, stop: int, part: str = "weight") -> Tensor:
-        """Rows of a stored part of a weight, in the order and with the factors of the new folder.
-
-        Raises EightfoldError, naming the tensor, if one of them is not finite.
-        """
+        """Rows of a stored part of a weight, in the order and with the factors of the new folder."""
         full = f"{name}.{part}"
         tensor = self.checkpoint.tensor(full)
         if self._is_interleaved(name):
             tensor = tensor[_half_split_rows(self.config.head_dim, start, stop)]
         else:
             tensor = tensor[start:stop]
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            self._complain(full, tensor, start)
         if part != "weight":
             return tensor
         for factors, dim in ((self.factors.rows.get(name), 0), (self.factors.columns.get(name), 1)):
@@ -76,13 +80,17 @@ class Source:
     def _is_interleaved(self, name: str) -> bool:
         return self.stored_config.rope.interleaved and name.endswith(("self_attn.q_proj", "self_attn.k_proj"))
 
-    def _complain(self, full: str, rows: Tensor, start: int) -> None:
-        place = (~rows.isfinite()).nonzero()[0].tolist()
-        where = [place[0] + start, *place[1:]]
-        raise EightfoldError(
-            f"tensor {full!r} in {self.checkpoint.file(full)} holds {float(rows[tuple(place)])} at {where}; "
-            "weights must be finite"
-        )
+    def not_finite(self, name: str) -> EightfoldError:
+        """The error that says where a weight is not finite."""
+        full = f"{name}.weight"
+        stored = self.checkpoint.tensor(full)
+        what = "numbers that its smoothing factors make infinite"
+        for number, row in enumerate(torch.split(stored, 1)):
+            if not bool(row.isfinite().all()):
+                where = [number, *(~row.isfinite()).nonzero()[0].tolist()[1:]]
+                what = f"{float(stored[tuple(where)])} at {where}"
+                break
+        return EightfoldError(f"tensor {full!r} in {self.checkpoint.file(full)} holds {what}; weights must be finite")
 
 
 def _half_split_rows(head_dim: int, start: int, stop: int) -> Tensor:
