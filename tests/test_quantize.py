@@ -421,7 +421,7 @@ def test_mindie_folders_run_as_they_are(made: Path, key: str, tmp_path: Path) ->
 
 @pytest.fixture(scope="module")
 def outliers(tmp_path_factory: pytest.TempPathFactory, demo: Path) -> Path:
-    """A model some of whose hidden states are far larger than others, and an expert that nobody chooses."""
+    """A model some of whose hidden states are far larger than others, and experts that nobody chooses."""
     folder = tmp_path_factory.mktemp("outliers") / "source"
     model = make_hf(dtype=torch.bfloat16, vocab_size=2048)
     with torch.no_grad():
@@ -431,8 +431,9 @@ def outliers(tmp_path_factory: pytest.TempPathFactory, demo: Path) -> Path:
             layer.self_attn.v_proj.weight[3] *= 60
         embeddings = model.model.embed_tokens.weight
         embeddings[:, 0] = 4.0
-        model.model.layers[0].mlp.gate.weight[6] = 0
-        model.model.layers[0].mlp.gate.weight[6, 0] = -1000
+        gate = model.model.layers[0].mlp.gate.weight
+        gate.zero_()
+        gate[:2, 0], gate[2:4, 0] = 1000, -1000  # whatever the sign, the others are behind
     model.save_pretrained(folder)
     for path in demo.glob("token*"):
         shutil.copy(path, folder)

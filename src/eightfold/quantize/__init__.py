@@ -37,7 +37,8 @@ from eightfold.types import EightfoldError, Progress
 from eightfold.weight_files import one_line
 
 DEFAULT_SHARD_BYTES = 4 * 10**9
-_WEIGHTS_AHEAD = 2
+_WEIGHTS_AHEAD = 4
+_READERS = 2  # keep a disk busy
 _AHEAD = 4  # blocks a thread may have waiting
 
 
@@ -218,7 +219,7 @@ class _Reader:
 
     def __init__(self, source: Source, names: Sequence[str]) -> None:
         self._source, self._names = source, iter(names)
-        self._pool = ThreadPoolExecutor(1)
+        self._pool = ThreadPoolExecutor(_READERS)
         self._ahead = deque(self._next() for _ in range(_WEIGHTS_AHEAD))
 
     def _next(self) -> Future[None] | None:
