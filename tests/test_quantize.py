@@ -43,7 +43,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*has no native kernel")
 
 
 def quantize(src: Path | str, dst: Path, *options: str) -> int:
-    return main(["quantize", str(src), str(dst), *options])
+    return main(["quantize", str(src), str(dst), "--no-compare", *options])
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -130,6 +130,13 @@ def test_nothing_has_to_be_copied_by_hand(made: Path, demo: Path) -> None:
     ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (made, demo))
     assert {name: ours[name] for name in theirs} == theirs
     assert ours.keys() - theirs.keys() == {"quantize", "quantization_config"}
+
+
+def test_it_says_how_far_apart_they_are(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", "demo", str(tmp_path / "made")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "GB of weights in" in lines[0]
+    assert [line.split()[0] for line in lines[1:5]] == ["weights", "perplexity", "KL(A‖B)", "top"]
 
 
 def test_it_runs(made: Path, demo: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,6 +175,12 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: all cores)")
     parser.add_argument("--allow-pickle", action="store_true", help="read .bin and .pth files, tensors only")
+    parser.add_argument(
+        "--compare",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="at the end, run both models on a short text and say how far apart they are (default: yes)",
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_tokens: int | None, single: bool = False) -> None:

@@ -11,6 +11,8 @@ from types import FrameType
 
 from eightfold.checkpoint import resolve
 from eightfold.commands import console
+from eightfold.commands.compare import bars
+from eightfold.compare import short_lines, summary
 from eightfold.quantize import QuantizeConfig, quantize
 
 TERMINATED = 128 + signal.SIGTERM
@@ -43,7 +45,22 @@ def main(args: argparse.Namespace) -> int:
         f"{result.folder}: {before:.3f} GB → {after:.3f} GB of weights in {result.seconds:.1f} s "
         f"({before / result.seconds:.2f} GB/s read{resumed})"
     )
+    if args.compare:
+        _compare(args)
     return 0
+
+
+def _compare(args: argparse.Namespace) -> None:
+    """The short form of `eightfold compare`, of what was quantized and what came of it."""
+    with bars() as progress:
+        report = summary(
+            str(resolve(args.source)),
+            args.destination,
+            threads=args.threads,
+            allow_pickle=args.allow_pickle,
+            progress=progress,
+        )
+    print("\n".join(short_lines(report)))
 
 
 def _calibration(args: argparse.Namespace) -> tuple[Path | None, int]:
