@@ -342,9 +342,9 @@ def test_bad_folders_and_options(demo: Path, made: Path, key: str, tmp_path: Pat
     )
     assert "--threads is 0" in refused(capsys, demo, tmp_path / "dst", "--threads", 0)
     assert "cannot read the calibration text" in refused(capsys, demo, tmp_path / "dst", "--calibrate", tmp_path / "no")
-    assert "needs float weights" in refused(
-        capsys, made, tmp_path / "dst", "--calibrate", demo / "heldout.jsonl", "--scheme", *set(SCHEMES) - {key}
-    )
+    other = next(name for name in SCHEMES if name != key)
+    error = refused(capsys, made, tmp_path / "dst", "--calibrate", demo / "heldout.jsonl", "--scheme", other)
+    assert ("needs float weights" if other == "w8a8_dynamic" else "those of w8a16 stay floats") in error
     (tmp_path / "foreign.partial").mkdir()
     (tmp_path / "foreign.partial" / "notes.txt").touch()
     assert "was not left by eightfold quantize" in refused(capsys, demo, tmp_path / "foreign")
@@ -447,20 +447,24 @@ def outliers(tmp_path_factory: pytest.TempPathFactory, demo: Path) -> Path:
     return folder
 
 
-def test_smoothing_folds_outliers_away(outliers: Path, demo: Path, key: str, tmp_path: Path, capsys: Any) -> None:
+def test_smoothing_folds_outliers_away(outliers: Path, demo: Path, tmp_path: Path, capsys: Any) -> None:
+    """Judged on another part of the text, in the median: a router that changes its mind moves a few tokens far."""
+    words = (demo / "heldout.jsonl").read_text()
     text = tmp_path / "text"
-    text.write_text((demo / "heldout.jsonl").read_text()[:20000])
-    options = ["--scheme", key, "--calibration-tokens", "700"]
+    text.write_text(words[:20000])
+    options = ["--calibration-tokens", "700"]
     assert quantize(outliers, tmp_path / "plain", *options) == 0
     assert quantize(outliers, tmp_path / "smooth", "--calibrate", str(text), *options) == 0
     said = capsys.readouterr().out
     assert "layer 0, expert 6 saw 0 of 700 tokens, left as it is" in said
     assert "output error" in said
-    floats = Bare(outliers).logits(IDS)
+    ids = Tokenizer.load(demo).encode(words[40000:41000])[:200]
+    floats = Bare(outliers).logits(ids)
     plain, smooth = (
-        float((Bare(tmp_path / name).logits(IDS) - floats).norm() / floats.norm()) for name in ("plain", "smooth")
+        float(((Bare(tmp_path / name).logits(ids) - floats).norm(dim=1) / floats.norm(dim=1)).median())
+        for name in ("plain", "smooth")
     )
-    assert smooth < (0.8 if key == "w8a8_dynamic" else 1.0) * plain
+    assert smooth < 0.75 * plain
     assert not [path for path in (tmp_path / "smooth").iterdir() if path.name.startswith(".")]
 
 

@@ -168,7 +168,9 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
         "--max-shard-size", type=size, default="4GB", metavar="SIZE", help="the largest file (default: %(default)s)"
     )
     parser.add_argument(
-        "--calibrate", metavar="FILE", help="a text to fit outlier smoothing to; kept where it lowers the error"
+        "--calibrate",
+        metavar="FILE",
+        help="w8a8_dynamic: a text to fit outlier smoothing to; kept where it lowers the error",
     )
     parser.add_argument(
         "--calibration-tokens", type=int, default=2048, metavar="N", help="how much of it (default: %(default)s)"

@@ -117,6 +117,8 @@ def check_options(src: Path, dst: Path, config: QuantizeConfig) -> str:
     names = schemes_by_key()
     if config.scheme not in names:
         raise EightfoldError(f"--scheme is {config.scheme!r}; it must be one of {', '.join(names)}")
+    if config.calibrate is not None and names[config.scheme] != "w8a8":
+        raise EightfoldError(f"--calibrate smooths inputs that are rounded; those of {config.scheme} stay floats")
     if config.max_shard_bytes < 1:
         raise EightfoldError(f"--max-shard-size is {config.max_shard_bytes}; it must be at least 1 byte")
     if config.threads is not None and config.threads < 1:

@@ -25,7 +25,8 @@ def round_rows(scheme: Scheme, rows: Tensor, isa: str = "") -> dict[str, Tensor]
         return scheme.quantize(rows) if bool(rows.isfinite().all()) else None
     made = torch.empty(rows.shape, dtype=torch.int8)
     scales = torch.empty(len(rows), 1)
+    count, columns = rows.shape
     bad = _native.round_rows(
-        rows.data_ptr(), _CODES[rows.dtype], *rows.shape, rows.stride(0), made.data_ptr(), scales.data_ptr(), isa
+        rows.data_ptr(), _CODES[rows.dtype], count, columns, rows.stride(0), made.data_ptr(), scales.data_ptr(), isa
     )
     return {"weight": made, "weight_scale": scales} if bad < 0 else None

@@ -208,13 +208,8 @@ class _Finder:
         tie = tie or (lambda values: values)
         columns = torch.stack([self._largest_columns(name) for name, _ in matrices]).amax(0)
         candidates = [_factors(tie(largest), tie(columns), strength) for strength in STRENGTHS]
-        lost, total = torch.zeros(1 + len(candidates), dtype=torch.float64), 0.0
-        for name, x in matrices:
-            if len(x):
-                some = x[:: -(-len(x) // _JUDGED_TOKENS)]
-                errors, size = self._errors(name, some, candidates)
-                lost, total = lost + errors, total + size
-        relative = (lost / max(total, 1e-30)).sqrt()
+        found = [self._errors(name, x, candidates) for name, x in matrices if len(x)]
+        relative = torch.cat(found, 1).mean(1)  # tokens count alike, however large their outputs are
         best = int(relative[1:].argmin())
         before, after = float(relative[0]), float(relative[1 + best])
         kept = after < _GAIN * before
@@ -226,19 +221,20 @@ class _Finder:
         blocks = torch.split(self._weight(name), _BLOCK_ROWS)
         return torch.stack([block.float().abs().amax(0) for block in blocks]).amax(0)
 
-    def _errors(self, name: str, x: Tensor, candidates: Sequence[Tensor]) -> tuple[Tensor, float]:
-        """Of the outputs x · wᵀ: Σ (quantized − float)² without factors and with each of the candidates; Σ float²."""
+    def _errors(self, name: str, inputs: Tensor, candidates: Sequence[Tensor]) -> Tensor:
+        """The relative error of the outputs x · wᵀ of some tokens, [1 + candidates, tokens]: first without factors."""
+        x = inputs[:: -(-len(inputs) // _JUDGED_TOKENS)]
         ones = torch.ones(x.shape[1])
-        lost, total = torch.zeros(1 + len(candidates), dtype=torch.float64), 0.0
+        lost, total = torch.zeros(1 + len(candidates), len(x), dtype=torch.float64), torch.zeros(len(x))
         for block in torch.split(self._weight(name), _BLOCK_ROWS):
             wide = block.float()
             want = self._ops.linear(x, self._ops.prepare_linear([get_scheme("dense").wrap({"weight": wide})]))
-            total += float(want.double().square().sum())
+            total += want.square().sum(1)
             for number, factors in enumerate((ones, *candidates)):
                 made = self._scheme.wrap(self._scheme.quantize(wide * factors))
                 got = self._ops.linear(x / factors, self._ops.prepare_linear([made]))
-                lost[number] += (got - want).double().square().sum()
-        return lost, total
+                lost[number] += (got - want).double().square().sum(1)
+        return (lost / total.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
 
 
 def _factors(inputs: Tensor, columns: Tensor, strength: float) -> Tensor:
