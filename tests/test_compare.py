@@ -21,11 +21,11 @@ from eightfold import LLM, SamplingParams
 from eightfold.checkpoint import Checkpoint
 from eightfold.cli import main
 from eightfold.compare import CompareOptions, Report, compare, short_lines, summary
-from eightfold.compare.charts import nice_ticks
 from eightfold.compare.measures import outcomes, routing, similarity
 from eightfold.compare.report import agreement, percent
 from eightfold.compare.texts import PASSAGE, cut, default_documents, random_windows
 from eightfold.config import config_json, load_model_config
+from eightfold.html.charts import nice_ticks
 from eightfold.model import weight_table
 from eightfold.quant import get_scheme
 from eightfold.safetensors_file import CheckpointWriter, TensorSpec

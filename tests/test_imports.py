@@ -17,7 +17,7 @@ PACKAGE = ROOT / "src" / "eightfold"
 
 # A room may import the rooms of the lines above its own, never those of its own line.
 LEVELS = (
-    ("types", "machine"),
+    ("types", "machine", "html"),
     ("weight_files", "vocabulary", "file_memory"),
     ("config_file", "hub", "safetensors_file", "chat_template"),
     ("quant_config",),
@@ -41,6 +41,7 @@ FACADE = "__init__"  # of the package: lazy, so it may name anything and anyone 
 WITHOUT_TORCH = {
     "types",
     "machine",
+    "html",
     "config",
     "config_file",
     "plan_bytes",

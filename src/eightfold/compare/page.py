@@ -7,96 +7,51 @@ from collections.abc import Sequence
 from html import escape
 
 from eightfold import __version__
-from eightfold.compare.charts import Bar, Series, bars, columns, lines
 from eightfold.compare.report import Bucket, Report, TokenReport, agreement, change, percent, size, windows
-
-STYLE = """
-:root {
-  --a: #0072b2; --b: #d55e00; --c: #7a56c2; --d: #00856f;
-  --ink: #1c2430; --soft: #5d6877; --line: #e1e5ea; --paper: #f5f6f8; --card: #fff
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --a: #56a9e0; --b: #ee8440; --c: #a98be6; --d: #3fbfa5;
-    --ink: #e7eaee; --soft: #9aa5b3; --line: #343c47; --paper: #14181d; --card: #1d2229
-  }
-}
-* { box-sizing: border-box }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
-main { max-width: 1160px; margin: 0 auto; padding: 28px 20px 48px }
-h1 { font-size: 25px; margin: 0 0 8px }
-h2 { font-size: 16px; margin: 0 0 2px }
-p { margin: 0 0 10px }
-.soft, .card > p { color: var(--soft) }
-.a { color: var(--a); font-weight: 600 }
-.b { color: var(--b); font-weight: 600 }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 12px; margin: 18px 0 14px }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 14px }
-.tile, .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px }
-.card { min-width: 0 }
-.tile b { display: block; font-size: 24px; line-height: 1.3; font-weight: 650 }
-.tile span { color: var(--soft); font-size: 13px }
-.wide { grid-column: 1 / -1; overflow-x: auto }
-svg { width: 100%; height: auto; display: block }
-svg text { font: 12px system-ui, sans-serif; fill: var(--ink) }
-svg text.soft { fill: var(--soft) }
-.legend { font-size: 13px; margin: 4px 0 0 }
-.legend span { margin-right: 18px }
-.legend i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px }
-table { border-collapse: collapse; font-size: 13.5px; width: 100% }
-th { text-align: left; color: var(--soft); font-weight: 500 }
-th, td { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-td.w { white-space: nowrap }
-code { font: 12.5px ui-monospace, monospace; overflow-wrap: anywhere }
-summary { cursor: pointer; color: var(--soft) }
-footer { color: var(--soft); font-size: 13px; margin-top: 18px }
-"""
+from eightfold.html import card, document, table, tiles
+from eightfold.html.charts import Bar, Series, bars, columns, lines
 
 
 def page(report: Report) -> str:
     """The whole page."""
     names = f"{_plain(report.a.name)} and {_plain(report.b.name)}"
     cards = [
-        _card(
+        card(
             "How far apart the hidden states are, layer by layer",
             "Length of the difference over the length of A's state, in the mean over tokens. 0 is equal.",
             _errors(report),
         ),
-        _card(
+        card(
             "Do the routers choose the same experts?",
             "Share of tokens in each layer. The axis does not begin at 0.",
             _routers(report),
         ),
-        _card(
+        card(
             "How differently they predict the next token",
             "KL divergence of B's prediction from A's at each position, in nats; further right is worse.",
             _histogram(report.kl_histogram),
         ),
-        _card(
+        card(
             "Does it grow with the text before it?",
             "Mean KL divergence by the place in a window.",
             _by_position(report.kl_by_position),
         ),
-        _card("How surprised each is by the text", "Perplexity: lower is better.", _perplexities(report)),
+        card("How surprised each is by the text", "Perplexity: lower is better.", _perplexities(report)),
     ]
     if report.weights:
         cards.append(
-            _card(
+            card(
                 "How far apart the weights are",
                 "Relative error of the worst tensor of each kind, as what its stored numbers stand for.",
                 _weights(report),
             )
         )
-    return (
-        "<!doctype html>\n"
-        f'<html lang="en"><head><meta charset="utf-8"><title>{escape(names)} compared</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body><main>\n"
+    body = (
         f"{_head(report)}\n{_tiles(report)}\n"
         f'<div class="cards">{"".join(cards)}{_furthest(report.furthest)}{_tables(report)}</div>\n'
-        f"<footer>{_footer(report)}</footer></main></body></html>\n"
+        f"<footer>{_footer(report)}</footer>"
     )
+    return document(f"{names} compared", body)
 
 
 def _plain(name: str) -> str:
@@ -121,7 +76,7 @@ def _head(report: Report) -> str:
 
 def _tiles(report: Report) -> str:
     shift = change(report.a.perplexity, report.b.perplexity)
-    tiles = [
+    shown = [
         (agreement(report.top1_agreement), "of positions have the same likeliest next token"),
         (
             f"{report.kl_mean:.3g}",
@@ -131,14 +86,8 @@ def _tiles(report: Report) -> str:
         (agreement(report.same_experts), "of router choices are the same experts"),
     ]
     if report.weight_error is not None:
-        tiles.append((percent(report.weight_error), "relative error of all weights together"))
-    boxes = [f'<div class="tile"><b>{escape(value)}</b><span>{escape(text)}</span></div>' for value, text in tiles]
-    return f'<div class="tiles">{"".join(boxes)}</div>'
-
-
-def _card(title: str, reading: str, content: str, wide: bool = False) -> str:
-    kind = "card wide" if wide else "card"
-    return f'<section class="{kind}"><h2>{escape(title)}</h2><p>{escape(reading)}</p>{content}</section>\n'
+        shown.append((percent(report.weight_error), "relative error of all weights together"))
+    return tiles(shown)
 
 
 def _errors(report: Report) -> str:
@@ -199,7 +148,7 @@ def _perplexities(report: Report) -> str:
         ["same first expert, all layers", agreement(report.same_first)],
     ]
     both = [Bar("A", a, f"{a:.5g}", "a"), Bar("B", b, f"{b:.5g}  ({change(a, b)})", "b")]
-    return bars(both) + _table(["and in numbers", ""], rows)
+    return bars(both) + table(["and in numbers", ""], rows)
 
 
 def _weights(report: Report) -> str:
@@ -213,7 +162,7 @@ def _weights(report: Report) -> str:
 
 def _furthest(tokens: Sequence[TokenReport]) -> str:
     if not tokens:
-        return _card("Where they differ most", "Nowhere: both say the same at every position.", "", wide=True)
+        return card("Where they differ most", "Nowhere: both say the same at every position.", "", wide=True)
     rows = [
         f"<tr><td><code>…{_shown(token.before)}</code></td>"
         f"<td class='w'><code>{'(end)' if token.next is None else _shown(token.next)}</code></td>"
@@ -227,7 +176,7 @@ def _furthest(tokens: Sequence[TokenReport]) -> str:
         "<th class='n'>KL</th></tr>"
     )
     reading = "The positions with the largest KL divergence, and what each model takes for the likeliest next token."
-    return _card("Where they differ most", reading, f"<table>{head}{''.join(rows)}</table>", wide=True)
+    return card("Where they differ most", reading, f"<table>{head}{''.join(rows)}</table>", wide=True)
 
 
 def _shown(text: str) -> str:
@@ -236,7 +185,7 @@ def _shown(text: str) -> str:
 
 
 def _tables(report: Report) -> str:
-    layers = _table(
+    layers = table(
         ["layer", "attention: error", "worst token", "cosine", "experts: error", "worst token", "cosine",
          "same experts", "same first"],
         [
@@ -246,7 +195,7 @@ def _tables(report: Report) -> str:
             for layer in report.layers
         ],
     )  # fmt: skip
-    weights = _table(
+    weights = table(
         ["weights", "tensors", "mean error", "worst error", "worst tensor"],
         [
             [kind.kind, str(kind.tensors), percent(kind.mean_error), percent(kind.worst_error), kind.worst_tensor]
@@ -256,14 +205,6 @@ def _tables(report: Report) -> str:
     both = f"{layers}<br>{weights}" if report.weights else layers
     details = f"<details><summary>All numbers by layer and kind</summary>{both}</details>"
     return f'<section class="card wide">{details}</section>'
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def row(cells: Sequence[str], tag: str) -> str:
-        first, *others = (escape(cell) for cell in cells)
-        return f"<tr><{tag}>{first}</{tag}>" + "".join(f'<{tag} class="n">{cell}</{tag}>' for cell in others) + "</tr>"
-
-    return f"<table>{row(header, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"
 
 
 def _footer(report: Report) -> str:
