@@ -8,7 +8,6 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from eightfold.model import weight_table
 from eightfold.quant import get_scheme
 from eightfold.safetensors_file import CheckpointWriter, TensorSpec
 from eightfold.tokenizer import Tokenizer
+from pages import Page
 from tiny import save_hf
 
 
@@ -304,29 +304,6 @@ def test_control_tokens_in_a_text_are_text(demo: Path) -> None:
 
 
 # --- the command
-
-
-class Page(HTMLParser):
-    """Tags that are open, and everything that a browser would load from elsewhere."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.loads: list[str] = []
-        self.charts = 0
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.charts += tag == "svg"
-        self.loads += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
-        if tag not in ("meta", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag in ("line", "polyline", "rect")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
 
 
 def test_command_writes_table_json_and_page(

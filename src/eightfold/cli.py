@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from typing import NamedTuple, NoReturn
 
 from eightfold import __version__
 from eightfold.bench import cli as bench
+from eightfold.bench import comparison
+from eightfold.bench.requests import cli as requests
 from eightfold.commands import options
 from eightfold.eval import cli as evaluation
 from eightfold.types import EightfoldError, RankError
@@ -41,6 +44,15 @@ COMMANDS: dict[str, Command] = {
         "{kernels,offline,loading,all-reduce} [MODEL]",
         bench.add_options,
         bench.EPILOG,
+    ),
+    "bench requests": Command(
+        "measure requests: waiting, throughput, largest batch",
+        "MODEL",
+        options.add_bench_requests,
+        requests.EPILOG,
+    ),
+    "bench compare": Command(
+        "compare results that bench wrote", "A.json B.json …", comparison.add_options, comparison.EPILOG
     ),
     "eval": Command("score data sets", "MODEL {--task,--lm-eval} TASK,…", options.add_eval, evaluation.EPILOG),
     "quantize": Command(
@@ -68,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of host names that nobody needs
         if options.is_follower(args, os.environ):
             return int(import_module("eightfold.worker").follow_as_told(options.engine_options(args)))
-        command = import_module(f"eightfold.commands.{args.command.replace('-', '_')}")
+        command = import_module(f"eightfold.commands.{re.sub('[- ]', '_', args.command)}")
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             status: int = command.main(args)
@@ -92,10 +104,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if not argv or argv[0] not in COMMANDS:
         _top_parser().parse_args(argv)
         raise EightfoldError(f"a command is needed: {', '.join(COMMANDS)}; eightfold --help explains them")
-    name = argv[0]
+    name = next((two for two in (" ".join(argv[:2]),) if two in COMMANDS), argv[0])
     parser = command_parser(name)
     # Intermixed, because plain argparse refuses `run demo --max-tokens 9 "a prompt"`.
-    args, unknown = parser.parse_known_intermixed_args(argv[1:])
+    args, unknown = parser.parse_known_intermixed_args(argv[len(name.split()) :])
     if unknown:
         raise EightfoldError(_unknown(unknown[0].partition("=")[0], name, parser))
     args.command = name

@@ -13,15 +13,20 @@ kernels measures each operation of a backend at Mixtral 8x7B's shapes; offline t
 on random weights of a --shape. Both print what share of the machine's limits was reached, as probed in the same run.
 loading starts a process for each --load-mode in turn: time to first token, then the rate at which decoding reads.
 all-reduce measures what it costs that ranks of this machine add up numbers, through shared memory and through gloo.
+requests measures what users wait for, compare sets results side by side: eightfold bench requests --help,
+eightfold bench compare --help.
 
   eightfold bench kernels --only moe/w8a8 --png roofline.png
   eightfold bench offline --shape 8x7b --layers 4 --scheme w8a8 --json out.json
   eightfold bench loading --shape 8x7b --layers 4 --cold
-  eightfold bench all-reduce --ranks 2"""
+  eightfold bench all-reduce --ranks 2
+  eightfold bench requests MODEL --cases "[[512,128]]" --batch 1,8 --html out.html
+  eightfold bench compare before.json after.json"""
 
 _OFFLINE = {"model", "layers", "scheme", "dtype", "kv_cache_dtype", "load_mode", "prefill", "chunk", "decode_batch"}
 _OFFLINE |= {"depth", "output_len", "distinct_prompts", "startup", "work_dir"}
 _LOADING = {"model", "layers", "scheme", "dtype", "kv_cache_dtype", "output_len", "work_dir", "cold"}
+_ELSEWHERE = ("requests", "compare")  # have parsers of their own
 _COMMON = {"shape", "threads", "device", "repeat", "json", "png"}
 _OPTIONS = {
     "kernels": _COMMON | {"only"},
@@ -33,7 +38,7 @@ _OPTIONS = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The arguments. An absent one is None, so that what belongs to the other measurement can be refused."""
-    parser.add_argument("what", choices=tuple(_OPTIONS), help="what to measure")
+    parser.add_argument("what", choices=(*_OPTIONS, *_ELSEWHERE), help="what to measure")
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="offline, loading: a folder, demo, or a name on the hub"
     )
@@ -53,6 +58,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run what was asked for. Raises EightfoldError on options that don't go with it."""
+    if args.what in _ELSEWHERE:
+        raise EightfoldError(f"write eightfold bench {args.what} first, and its options after")
     given = {name: value for name, value in vars(args).items() if value is not None}
     chosen = _OPTIONS[args.what]
     for name in sorted(set().union(*_OPTIONS.values()) - chosen):

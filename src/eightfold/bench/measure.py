@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from eightfold.bench.accounting import Formats, Row, Step, kv_format, model_step, weight_format
 from eightfold.bench.probes import major_faults
 from eightfold.bench.routes import watch_routes
 from eightfold.checkpoint import resolve
-from eightfold.config import EngineConfig, load_model_config
+from eightfold.config import EngineConfig, ModelConfig, load_model_config
 from eightfold.engine import Engine
 from eightfold.loader import kv_bytes_per_token, load_engine
 from eightfold.ops import Ops
@@ -67,12 +69,7 @@ class Session:
 
     def formats(self) -> Formats:
         """How this session's weights, keys and values are stored and multiplied."""
-        dtype, kv_dtype = (str(one).removeprefix("torch.") for one in (self.ops.dtype, self._routes.kv_dtype))
-        # fp32 arithmetic takes narrower floats as they are stored; narrower arithmetic converts when loading.
-        stored = self.model.torch_dtype or dtype if dtype == "float32" else dtype
-        floats = weight_format("dense", dtype, stored)
-        matrices = floats if self.model.scheme == "dense" else weight_format(self.model.scheme, dtype)
-        return Formats(matrices, floats, kv_format(kv_dtype, dtype))
+        return model_formats(self.model, self.ops, self._routes.kv_dtype)
 
     def generate(self, prompt: Sequence[int], output_len: int) -> None:
         """Run one request to its end, untimed."""
@@ -160,3 +157,13 @@ class Session:
         for other in works[1:]:
             work += other
         return Sample(tokens, seconds, faults, sum(hits) / len(hits), work)
+
+
+def model_formats(model: ModelConfig, ops: Ops, kv_dtype: torch.dtype) -> Formats:
+    """How a loaded model's weights, and its keys and values, are stored and multiplied on this backend."""
+    dtype, kept = (str(one).removeprefix("torch.") for one in (ops.dtype, kv_dtype))
+    # fp32 arithmetic takes narrower floats as they are stored; narrower arithmetic converts when loading.
+    stored = model.torch_dtype or dtype if dtype == "float32" else dtype
+    floats = weight_format("dense", dtype, stored)
+    matrices = floats if model.scheme == "dense" else weight_format(model.scheme, dtype)
+    return Formats(matrices, floats, kv_format(kept, dtype))

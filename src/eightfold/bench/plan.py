@@ -102,6 +102,7 @@ def engine_fields(options: OfflineOptions, folder: str, model: ModelConfig, test
             f"{model.max_position_embeddings}: lower --prefill, --depth or --output-len"
         )
     pages = max(_pages(options, tests), -(-longest // PAGE_SIZE))
+    token_bytes = planned_token_bytes((options.kv_cache_dtype, options.dtype, model.torch_dtype), model)
     return {
         "model": folder,
         "dtype": options.dtype or "auto",
@@ -113,7 +114,7 @@ def engine_fields(options: OfflineOptions, folder: str, model: ModelConfig, test
         # As many sequences as all pages would serve, so that the loader takes them all.
         "max_num_seqs": max([1 + pages * PAGE_SIZE // longest, *(test.batch for test in tests)]),
         "max_num_batched_tokens": _step_tokens(tests),
-        "kv_cache_memory_bytes": pages * PAGE_SIZE * _kv_token_bytes(options, model),
+        "kv_cache_memory_bytes": pages * PAGE_SIZE * token_bytes,
         "load_mode": options.load_mode,
         "skip_tokenizer_init": True,
     }
@@ -141,10 +142,10 @@ def _pages(options: OfflineOptions, tests: Sequence[Test]) -> int:
     return sum(prefixes.values()) + 2 * used + sum(WARM_UP) // PAGE_SIZE + 2
 
 
-def _kv_token_bytes(options: OfflineOptions, model: ModelConfig) -> int:
-    """Bytes of a token's keys and values in all layers, or more where the dtype is not known before loading."""
-    names = (options.kv_cache_dtype, options.dtype, model.torch_dtype)
-    known = next((name for name in names if name not in (None, "auto")), "float32")
+def planned_token_bytes(dtypes: Sequence[str | None], model: ModelConfig) -> int:
+    """Bytes of a token's keys and values in all layers, by the first of the dtypes that says something; or more, where
+    the dtype is not known before loading."""
+    known = next((name for name in dtypes if name not in (None, "auto")), "float32")
     item: int = _ITEM_BYTES.get(str(known), 4)
     scale = 4 if known == "int8" else 0  # for each token and head
     return 2 * model.num_layers * model.num_kv_heads * (model.head_dim * item + scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -27,6 +28,11 @@ class Spread(NamedTuple):
         """As in "12.3 (11.9–12.8)"."""
         middle, low, high = (f"{value * scale:.{digits}f}" for value in self)
         return middle if low == high else f"{middle} ({low}–{high})"
+
+    def rounded(self, scale: float = 1.0, figures: int = 3) -> str:
+        """As `text`, with so many significant figures of the median (whole numbers keep theirs)."""
+        size = abs(self.median * scale)
+        return self.text(max(0, figures - 1 - math.floor(math.log10(size))) if size else 0, scale)
 
     def percent(self) -> str:
         return self.text(0, 100) + " %"
@@ -60,9 +66,18 @@ def check_outputs(*paths: str | None) -> None:
 
 def write_json(path: str, value: Any) -> None:
     """Raises EightfoldError if the file can't be written."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: str, text: str) -> None:
+    """The file, or nothing of it. Raises EightfoldError if it can't be written."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.part")
     try:
-        Path(path).write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+        temporary.write_text(text, encoding="utf-8", newline="")
+        temporary.replace(target)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise EightfoldError(f"cannot write {path}: {error.strerror}") from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,12 @@ class RouteLog:
         hits = [different(ids) for ids in self._chosen]
         self._chosen = []
         return hits
+
+    def take_counts(self, experts: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """How often each call since the last `take` chose each expert [calls, experts], in the order of `take`."""
+        chosen, self._chosen = self._chosen, []
+        rows = [np.bincount(ids.numpy(force=True).ravel(), minlength=experts) for ids in chosen]
+        return np.array(rows, np.int64).reshape(len(rows), experts)
 
 
 def different(ids: Tensor) -> int:

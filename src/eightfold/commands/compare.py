@@ -7,14 +7,12 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
-from pathlib import Path
 
-from eightfold.bench.report import check_outputs, table
+from eightfold.bench.report import check_outputs, table, write_text
 from eightfold.commands import console
 from eightfold.compare import CompareOptions, Report, compare, short_lines
 from eightfold.compare.page import page
 from eightfold.compare.report import agreement, percent, size
-from eightfold.types import EightfoldError
 
 
 def main(args: argparse.Namespace) -> int:
@@ -23,9 +21,9 @@ def main(args: argparse.Namespace) -> int:
     with bars() as progress:
         report = compare(options, progress)
     if args.json:
-        write(args.json, json.dumps(report.as_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        write_text(args.json, json.dumps(report.as_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     if args.html:
-        write(args.html, page(report))
+        write_text(args.html, page(report))
     print(render(report))
     return 0
 
@@ -86,15 +84,3 @@ def render(report: Report) -> str:
         parts += [table(header, rows)] if rows else []
         parts += [f"equal in both: {', '.join(equal)}"] if equal else []
     return "\n\n".join([*parts, "\n".join([*short_lines(report), *(f"note: {note}" for note in report.notes)])])
-
-
-def write(path: str, text: str) -> None:
-    """The file, or nothing of it. Raises EightfoldError if it can't be written."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise EightfoldError(f"cannot write {path}: {error.strerror}") from None

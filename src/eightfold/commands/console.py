@@ -29,9 +29,7 @@ def note(text: str) -> None:
 
 def load(args: argparse.Namespace) -> tuple[LLM, float]:
     """The model that the options describe, and the seconds that loading it took."""
-    if args.trust_remote_code:
-        note("--trust-remote-code has no effect: no code from a checkpoint is ever executed here")
-    logging.basicConfig(format="eightfold: %(message)s")  # warnings of the engine, such as too little memory
+    show_warnings(args)
     with progress("Loading", "B", scale=True) as update:
         from eightfold.llm import LLM  # imports torch, for which a mistake in the arguments should not have to wait
 
@@ -61,6 +59,13 @@ def _end_with_ranks(llm: weakref.ref[LLM], terminal: list[Any] | None) -> None:
 def terminal_settings() -> list[Any] | None:
     """How the terminal is set now, before an editor of input lines changes it; None without one."""
     return termios.tcgetattr(0) if os.isatty(0) else None
+
+
+def show_warnings(args: argparse.Namespace) -> None:
+    """Say what an option does not do, and from now on what the engine warns of, such as too little memory."""
+    if args.trust_remote_code:
+        note("--trust-remote-code has no effect: no code from a checkpoint is ever executed here")
+    logging.basicConfig(format="eightfold: %(message)s")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from eightfold.bench.requests import cli as bench_requests
 from eightfold.config import EngineConfig
 from eightfold.eval import cli as evaluation
 from eightfold.types import SamplingParams
@@ -183,6 +184,14 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="at the end, run both models on a short text and say how far apart they are (default: yes)",
     )
+
+
+def add_bench_requests(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `eightfold bench requests`. What its tests decide is None unless it is given."""
+    _add_model(parser)
+    bench_requests.add_options(parser)
+    add_engine(parser)
+    parser.set_defaults(max_num_seqs=None, enable_prefix_caching=False)
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_tokens: int | None, single: bool = False) -> None:

@@ -1,6 +1,6 @@
 """Pages that open without a network: one file with its style and its pictures in it. No torch here.
 
-`document` makes the page, `card`, `tiles` and `table` its parts; `eightfold.html.charts` draws.
+`document` makes the page, `card`, `tiles` and `table` its parts; `eightfold.html.charts` and `plots` draw.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from html import escape
 
 STYLE = """
 :root {
-  --a: #0072b2; --b: #d55e00; --c: #7a56c2; --d: #00856f;
+  --a: #0072b2; --b: #d55e00; --c: #7a56c2; --d: #00856f; --e: #a8457d; --f: #8a6d00;
   --ink: #1c2430; --soft: #5d6877; --line: #e1e5ea; --paper: #f5f6f8; --card: #fff
 }
 @media (prefers-color-scheme: dark) {
   :root {
-    --a: #56a9e0; --b: #ee8440; --c: #a98be6; --d: #3fbfa5;
+    --a: #56a9e0; --b: #ee8440; --c: #a98be6; --d: #3fbfa5; --e: #df83b5; --f: #c9a93a;
     --ink: #e7eaee; --soft: #9aa5b3; --line: #343c47; --paper: #14181d; --card: #1d2229
   }
 }
@@ -28,7 +28,7 @@ p { margin: 0 0 10px }
 .soft, .card > p { color: var(--soft) }
 .a { color: var(--a); font-weight: 600 }
 .b { color: var(--b); font-weight: 600 }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 12px; margin: 18px 0 14px }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); gap: 12px; margin: 18px 0 14px }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 14px }
 .tile, .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px }
 .card { min-width: 0 }
@@ -39,13 +39,14 @@ svg { width: 100%; height: auto; display: block }
 svg text { font: 12px system-ui, sans-serif; fill: var(--ink) }
 svg text.soft { fill: var(--soft) }
 .legend { font-size: 13px; margin: 4px 0 0 }
-.legend span { margin-right: 18px }
+.legend span { display: inline-block; margin-right: 18px; white-space: nowrap }
 .legend i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px }
 table { border-collapse: collapse; font-size: 13.5px; width: 100% }
 th { text-align: left; color: var(--soft); font-weight: 500 }
 th, td { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 td.w { white-space: nowrap }
+td small { display: block; color: var(--soft) }
 code { font: 12.5px ui-monospace, monospace; overflow-wrap: anywhere }
 summary { cursor: pointer; color: var(--soft) }
 footer { color: var(--soft); font-size: 13px; margin-top: 18px }

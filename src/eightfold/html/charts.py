@@ -18,11 +18,19 @@ Format = Callable[[float], str]
 
 
 class Series(NamedTuple):
-    """A line: its name, its colour as the page calls it, and a value for each label under the axis."""
+    """A line: its name, its colour as the page calls it, and a value for each label under the axis, None for none."""
 
     name: str
     colour: str
-    values: Sequence[float]
+    values: Sequence[float | None]
+
+
+class Curve(NamedTuple):
+    """A line through points (x, y): its name, and its colour as the page calls it."""
+
+    name: str
+    colour: str
+    points: Sequence[tuple[float, float]]
 
 
 class Bar(NamedTuple):
@@ -36,7 +44,7 @@ class Bar(NamedTuple):
 
 def lines(series: Sequence[Series], labels: Sequence[str], under: str, show: Format, from_zero: bool = True) -> str:
     """Lines over places with labels; the vertical axis begins at 0, or a little below the lowest value."""
-    values = [value for one in series for value in one.values]
+    values = [value for one in series for value in one.values if value is not None]
     if from_zero and not any(values):
         return NOTHING
     ticks = nice_ticks(0.0 if from_zero else min(values), max(values), ceiling=None if from_zero else 1.0)
@@ -49,21 +57,21 @@ def lines(series: Sequence[Series], labels: Sequence[str], under: str, show: For
         return TOP + (HEIGHT - TOP - BOTTOM) * (1 - (value - low) / (high - low))
 
     parts = [
-        _grid([(y(tick), show(tick)) for tick in ticks]),
+        grid([(y(tick), show(tick)) for tick in ticks]),
         _labels([(x(n), label) for n, label in enumerate(labels)]),
     ]
     for one in series:
-        points = [(x(place), y(value)) for place, value in enumerate(one.values)]
-        path = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
+        known = [(place, value) for place, value in enumerate(one.values) if value is not None]
+        path = " ".join(f"{x(place):.1f},{y(value):.1f}" for place, value in known)
         parts.append(f'<polyline points="{path}" fill="none" stroke="var(--{one.colour})" stroke-width="2"/>')
-        radius = 3.5 if len(points) <= MOST_DOTS else 1.5
-        for (px, py), label, value in zip(points, labels, one.values, strict=True):
-            hover = escape(f"{one.name}, {under} {label}: {show(value)}")
+        radius = 3.5 if len(known) <= MOST_DOTS else 1.5
+        for place, value in known:
+            hover = escape(f"{one.name}, {under} {labels[place]}: {show(value)}")
             parts.append(
-                f'<circle cx="{px:.1f}" cy="{py:.1f}" r="{radius}" fill="var(--{one.colour})">'
+                f'<circle cx="{x(place):.1f}" cy="{y(value):.1f}" r="{radius}" fill="var(--{one.colour})">'
                 f"<title>{hover}</title></circle>"
             )
-    return _svg([*parts, _under(under)]) + legend(series)
+    return svg([*parts, caption(under)]) + legend(series)
 
 
 def columns(heights: Sequence[float], labels: Sequence[str], hovers: Sequence[str], under: str, show: Format) -> str:
@@ -73,7 +81,7 @@ def columns(heights: Sequence[float], labels: Sequence[str], hovers: Sequence[st
     ticks = nice_ticks(0.0, max(heights))
     scale = (HEIGHT - TOP - BOTTOM) / ticks[-1]
     step = (WIDTH - LEFT - RIGHT) / len(heights)
-    parts = [_grid([(HEIGHT - BOTTOM - tick * scale, show(tick)) for tick in ticks])]
+    parts = [grid([(HEIGHT - BOTTOM - tick * scale, show(tick)) for tick in ticks])]
     for place, (height, hover) in enumerate(zip(heights, hovers, strict=True)):
         parts.append(
             f'<rect x="{LEFT + step * (place + 0.08):.1f}" y="{HEIGHT - BOTTOM - height * scale:.1f}" rx="1.5" '
@@ -81,7 +89,7 @@ def columns(heights: Sequence[float], labels: Sequence[str], hovers: Sequence[st
             f"<title>{escape(hover)}</title></rect>"
         )
     parts.append(_labels([(LEFT + step * (place + 0.5), label) for place, label in enumerate(labels)]))
-    return _svg([*parts, _under(under)])
+    return svg([*parts, caption(under)])
 
 
 def bars(items: Sequence[Bar]) -> str:
@@ -101,10 +109,10 @@ def bars(items: Sequence[Bar]) -> str:
             f'fill="var(--{item.colour})"/>'
             f'<text x="{left + length + 7:.1f}" y="{top + 14}">{escape(item.text)}</text>'
         )
-    return _svg(parts, len(items) * row + 6)
+    return svg(parts, len(items) * row + 6)
 
 
-def legend(series: Sequence[Series]) -> str:
+def legend(series: Sequence[Series | Curve]) -> str:
     """Names beside their colours."""
     keys = [f'<span><i style="background:var(--{one.colour})"></i>{escape(one.name)}</span>' for one in series]
     return f'<p class="legend">{"".join(keys)}</p>'
@@ -122,7 +130,8 @@ def nice_ticks(low: float, high: float, count: int = 4, ceiling: float | None = 
     return [tick for tick in ticks if ceiling is None or tick <= ceiling + 1e-9]
 
 
-def _grid(ticks: Sequence[tuple[float, str]]) -> str:
+def grid(ticks: Sequence[tuple[float, str]]) -> str:
+    """Lines across at heights, with what they stand for to the left."""
     return "".join(
         f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>'
         f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{escape(text)}</text>'
@@ -138,10 +147,12 @@ def _labels(places: Sequence[tuple[float, str]]) -> str:
     )
 
 
-def _under(text: str) -> str:
+def caption(text: str, height: float = HEIGHT) -> str:
+    """What the horizontal axis is, under it."""
     middle = LEFT + (WIDTH - LEFT - RIGHT) / 2
-    return f'<text x="{middle}" y="{HEIGHT - 5}" text-anchor="middle" class="soft">{escape(text)}</text>'
+    return f'<text x="{middle}" y="{height - 5}" text-anchor="middle" class="soft">{escape(text)}</text>'
 
 
-def _svg(parts: Sequence[str], height: int = HEIGHT) -> str:
+def svg(parts: Sequence[str], height: float = HEIGHT) -> str:
+    """The picture around its parts."""
     return f'<svg viewBox="0 0 {WIDTH} {height}" role="img">{"".join(parts)}</svg>'

@@ -1,0 +1,105 @@
+"""Prompts out of data sets, in the files and the form in which `eightfold eval` puts them to a model. No torch here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from eightfold.types import EightfoldError
+
+REFERENCE = Path("tests") / "modeltest" / "data"  # where users of the reference system keep their data sets
+
+
+@dataclass(frozen=True, slots=True)
+class _DataSet:
+    """Its file, the texts that a line of it must have, and the prompt that they make."""
+
+    file: str
+    keys: tuple[str, ...]
+    prompt: Callable[[Mapping[str, str]], str]
+
+
+DATASETS: Mapping[str, _DataSet] = {
+    "boolq": _DataSet(
+        "dev.jsonl",
+        ("title", "passage", "question"),
+        lambda row: f"{row['title']} -- {row['passage']}\nQuestion: {row['question']}?\nAnswer:",
+    ),
+    "gsm8k": _DataSet("GSM8K.jsonl", ("question",), lambda row: row["question"]),
+    "humaneval": _DataSet("human-eval.jsonl", ("prompt",), lambda row: row["prompt"]),
+    "customize": _DataSet("customize.jsonl", ("question",), lambda row: row["question"]),
+}
+
+
+def check_name(name: str) -> None:
+    """Raises EightfoldError on a data set that isn't known, with the nearest that is."""
+    if name not in DATASETS:
+        near = get_close_matches(name.lower(), DATASETS, 1, 0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise EightfoldError(f"--dataset {name!r} is not known; {hint}there are {', '.join(DATASETS)}")
+
+
+def read_dataset(name: str, data: str | None) -> Iterator[tuple[str, str]]:
+    """(where it stands, prompt) of each item of a data set, in the order of its file.
+
+    `data` is a folder with a folder of that name, the data set's own folder, or its file; None looks into
+    tests/modeltest/data/NAME, data/NAME and NAME under the current folder. Raises EightfoldError, naming where it
+    looked, or the file and line that can't be used.
+    """
+    check_name(name)
+    known, path = DATASETS[name], find_file(name, data)
+    count = 0
+    for number, line in enumerate(_text(path).split("\n"), 1):  # splitlines would also split inside of JSON
+        if line.strip():
+            count += 1
+            yield f"{path}:{number}", known.prompt(_row(line, known.keys, f"{path}:{number}"))
+    if not count:
+        raise EightfoldError(f"{path} holds no item")
+
+
+def find_file(name: str, data: str | None) -> Path:
+    """The file of a data set. Raises EightfoldError that names where it looked."""
+    known = DATASETS[name]
+    if data is not None and Path(data).is_file():
+        return Path(data)
+    if data is not None and not Path(data).is_dir():
+        raise EightfoldError(f"--data {data}: there is no such file or folder")
+    folders = [REFERENCE / name, Path("data") / name, Path(name)] if data is None else [Path(data) / name, Path(data)]
+    for folder in folders:
+        found = [folder / known.file] if (folder / known.file).is_file() else sorted(folder.glob("*.jsonl"))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise EightfoldError(
+                f"{folder} holds {len(found)} files *.jsonl and none is {known.file}: name one by --data"
+            )
+    looked = ", ".join(map(str, folders))
+    raise EightfoldError(f"no data for {name}: none of {looked} holds {known.file}; say where it is with --data")
+
+
+def _row(line: str, keys: tuple[str, ...], where: str) -> dict[str, str]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise EightfoldError(f"{where} is not valid JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise EightfoldError(f"{where} holds a {type(row).__name__}; an object with {', '.join(keys)} is needed")
+    for key in keys:
+        if key not in row:
+            raise EightfoldError(f"{where} has no {key!r}; it has {', '.join(map(str, row)) or 'nothing'}")
+        if not isinstance(row[key], str):
+            raise EightfoldError(f"{where}: {key!r} is {row[key]!r:.60}; it must be a text")
+    return row
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise EightfoldError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise EightfoldError(f"{path}:{line} is not text in UTF-8 (byte {error.object[error.start]:#04x})") from None

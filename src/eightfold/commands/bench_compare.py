@@ -1,0 +1,3 @@
+"""`eightfold bench compare`: see `eightfold.bench.comparison`."""
+
+from eightfold.bench.comparison import main as main
