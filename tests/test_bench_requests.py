@@ -55,7 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(folder: Path, **options: Any) -> Bench:
-    given = {"block_size": 16, "max_model_len": 128, "skip_tokenizer_init": True, "threads": 1, **options}
+    given = {"block_size": 16, "max_model_len": 128, "skip_tokenizer_init": True, "threads": 1}
+    given |= {"enable_prefix_caching": False, **options}
     return Bench(LLM(str(folder), **given), str(folder), given["block_size"])
 
 
@@ -219,7 +220,7 @@ def test_a_single_request_is_a_prefill_and_its_decode_steps(folder: Path) -> Non
     assert steps_of(run) == [(Row(20, 20),), (Row(1, 21),), (Row(1, 22),), (Row(1, 23),)]
     assert [(step.prompt_tokens, step.decoded, step.outputs) for step in run.steps] == [(20, 0, 1), *[(0, 1, 1)] * 3]
     assert len(run.prefill_times) == 1 and len(run.decode_times) == 3
-    token = 3 * 2 * 4 * 16 * 4
+    token = 3 * 2 * 4 * 16 * 2
     assert run.kv_bytes == 32 * token  # two pages of 16
     # After the last layer's attention only the token whose logits are wanted goes on.
     assert run.expert_counts.sum(axis=1).tolist() == [2 * 23, 2 * 23, 2 * 4]
@@ -266,7 +267,7 @@ def test_what_is_computed_again_after_a_preemption_is_counted(folder: Path) -> N
 
 
 def test_what_the_prefix_cache_holds_is_not_counted(folder: Path) -> None:
-    bench = opened(folder)
+    bench = opened(folder, enable_prefix_caching=True)
     (ask,) = bench.random_asks(Case(40, 2), 1)
     first, again = bench.run([ask], 1), bench.run([ask], 1)
     assert (steps_of(first)[0], steps_of(again)[0]) == ((Row(40, 40),), (Row(8, 40),))
@@ -418,7 +419,7 @@ def test_bad_input(words: list[str], message: str, folder: Path, capsys: pytest.
 
 
 def test_lost_pages_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tight = ["--cases", "[40,60]", "--batch", "2", "--block-size", "16", "--kv-cache-memory-bytes", "108K"]
+    tight = ["--cases", "[40,60]", "--batch", "2", "--block-size", "16", "--kv-cache-memory-bytes", "216K"]
     assert command(folder, *tight, "--kv-cache-dtype", "float32", "--repeat", "1") == 0
     assert "note: in 40 out 60 batch 2: keys and values did not fit;" in capsys.readouterr().out
 

@@ -100,7 +100,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
 # --- help and options
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
+@pytest.mark.parametrize("words", [["--help"], ["--version"], *([*name.split(), "--help"] for name in COMMANDS)])
 def test_help_needs_no_torch(words: list[str]) -> None:
     code = (
         "import sys\nfrom eightfold.cli import main\n"

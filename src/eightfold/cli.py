@@ -104,10 +104,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if not argv or argv[0] not in COMMANDS:
         _top_parser().parse_args(argv)
         raise EightfoldError(f"a command is needed: {', '.join(COMMANDS)}; eightfold --help explains them")
-    name = next((two for two in (" ".join(argv[:2]),) if two in COMMANDS), argv[0])
+    words = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    name = " ".join(argv[:words])
     parser = command_parser(name)
     # Intermixed, because plain argparse refuses `run demo --max-tokens 9 "a prompt"`.
-    args, unknown = parser.parse_known_intermixed_args(argv[len(name.split()) :])
+    args, unknown = parser.parse_known_intermixed_args(argv[words:])
     if unknown:
         raise EightfoldError(_unknown(unknown[0].partition("=")[0], name, parser))
     args.command = name

@@ -148,13 +148,16 @@ def roofline(spots: Sequence[Spot], roofs: Sequence[Roof], read: float, read_lab
             f'<text x="{WIDTH - RIGHT - 2}" y="{y(roof.peak) - 5:.1f}" text-anchor="end">'
             f"{escape(roof.label)}</text>"
         )
-    parts.append(f'<text x="{LEFT + 10}" y="{y(low * read) - 12:.1f}">{escape(read_label)}</text>')
+    place = low * (knees[0] / low) ** 0.75  # on the slope, where there is room to its left
+    parts.append(
+        f'<text x="{x(place) - 8:.1f}" y="{y(place * read):.1f}" text-anchor="end">{escape(read_label)}</text>'
+    )
     parts += [
         f'<circle cx="{x(spot.intensity):.1f}" cy="{y(spot.speed):.1f}" r="4.5" fill-opacity=".8" '
         f'fill="var(--{COLOURS[names.index(spot.curve) % len(COLOURS)]})"><title>{escape(spot.hover)}</title></circle>'
         for spot in spots
     ]
-    under = caption("operations per byte that must be read", height)
+    under = caption("operations per byte that must be read (upwards: operations a second)", height)
     keys = [Curve(name, COLOURS[number % len(COLOURS)], ()) for number, name in enumerate(names)]
     return svg([*parts, under], height) + legend(keys)
 

@@ -77,8 +77,7 @@ def _head(report: Report, name: str) -> str:
         f"{escape(model['dtype'])}.</p>"
         f'<p class="soft">{escape(machine["processor"])}, {_count(machine["cores"], "core")}; {threads}'
         f"{escape(str(backend['isa'] or backend['name']))}; {escape(report['time'])}. Figures are medians of "
-        f"{_samples(report['results'])}; “in 256 out 64 batch 4” is 4 requests at once, each with a prompt of 256 "
-        f"tokens and an answer of 64.</p>{lines_}"
+        f"{_samples(report)}; {escape(_example(report['results'][-1]))}.</p>{lines_}"
     )
 
 
@@ -86,9 +85,19 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" + "s" * (number != 1)
 
 
-def _samples(results: Sequence[Report]) -> str:
-    count = max(len(one["samples"]) for one in results)
-    return "one sample" if count == 1 else f"{count} samples each, taken in turns"
+def _samples(report: Report) -> str:
+    count = max(len(one["samples"]) for one in report["results"])
+    turns = "" if report["searches"] else ", taken in turns"
+    return "one sample" if count == 1 else f"{count} samples each{turns}"
+
+
+def _example(one: Report) -> str:
+    """What the name of a test means."""
+    said = f"“{one['test']}” is {_count(one['batch'], 'request')} at once"
+    if one["kind"] == "dataset":
+        return f"{said}, of {one['requests']} out of the data set"
+    ins, outs = (f"{one[key].median:g}" for key in ("input_tokens", "output_tokens"))
+    return f"{said}, with a prompt of {ins} tokens and an answer of {outs}"
 
 
 def _middle(one: Report, key: str) -> float | None:
@@ -186,7 +195,7 @@ def _roofline(report: Report) -> str:
     peak = peaks.operations[product]
     roofs = [Roof(f"computing: {peak / 1e9:.3g} GOP/s of {product} products", peak)]
     return roofline(
-        spots, roofs, peaks.read, f"reading: {peaks.read / 1e9:.3g} GB/s", lambda speed: f"{speed / 1e9:g} GOP/s"
+        spots, roofs, peaks.read, f"reading: {peaks.read / 1e9:.3g} GB/s", lambda speed: f"{speed / 1e9:g} G"
     )
 
 
@@ -254,7 +263,8 @@ def _cell(spread: Spread | None, scale: float) -> str:
     if spread is None:
         return '<td class="n">–</td>'
     middle, _, rest = spread.rounded(scale).partition(" ")
-    return f'<td class="n">{middle}<small>{rest.strip("()") or "&nbsp;"}</small></td>'
+    spread_out = f"<small>{rest.strip('()')}</small>" if rest else ""
+    return f'<td class="n">{middle}{spread_out}</td>'
 
 
 def _footer(report: Report) -> str:
