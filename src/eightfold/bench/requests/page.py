@@ -111,9 +111,9 @@ def _tiles(results: Sequence[Report]) -> str:
 
     shown = []
     for key, text, what, least, scale in (
-        ("output_tokens_per_second", "{:,.0f}", "tokens of answers a second, at most", False, 1.0),
-        ("ttft_ms_p50", "{:.3g} ms", "to the first token, at least", True, 1.0),
-        ("itl_ms_p50", "{:.3g} ms", "between tokens, at least", True, 1.0),
+        ("output_tokens_per_second", "{:,.0f}", "tokens of answers a second, at best", False, 1.0),
+        ("ttft_ms_p50", "{:.3g} ms", "to the first token, at best", True, 1.0),
+        ("itl_ms_p50", "{:.3g} ms", "between tokens, at best", True, 1.0),
         ("prefill_share_of_limit", "{:.0f} %", "of the machine's limit, computing prompts", False, 100.0),
         ("decode_share_of_limit", "{:.0f} %", "of the machine's limit, decoding", False, 100.0),
         ("anonymous_bytes", "{:,.0f} MB", "of memory beside the mapped weights, at most", False, 1e-6),
