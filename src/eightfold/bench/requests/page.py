@@ -42,7 +42,7 @@ def page(report: Report) -> str:
         card(
             "How close to what this machine can do?",
             "Each test's prompts and decoding against the limits probed in the same run. On the slope reading weights "
-            "is the limit, under the flat part computing is; the closer to the line, the less is left to gain.",
+            "is the limit, under the flat part computing is; the closer to the line, the less is left to gain; above it, the machine sped up after the probe.",
             _roofline(report),
         ),
         card(
@@ -193,7 +193,7 @@ def _roofline(report: Report) -> str:
     ]
     product = report["model"]["products"]
     peak = peaks.operations[product]
-    roofs = [Roof(f"computing: {peak / 1e9:.3g} GOP/s of {product} products", peak)]
+    roofs = [Roof(f"computing: {peak / 1e9:.0f} GOP/s of {product} products", peak)]
     return roofline(
         spots, roofs, peaks.read, f"reading: {peaks.read / 1e9:.3g} GB/s", lambda speed: f"{speed / 1e9:g} G"
     )
