@@ -42,8 +42,8 @@ def page(report: Report) -> str:
         card(
             "How close to what this machine can do?",
             "Each test's prompts and decoding against the limits probed in the same run. On the slope reading weights "
-            "is the limit, under the flat part computing is; the closer to the line, the less is left to gain. Above it, "
-            "the machine was faster than when it was probed.",
+            "is the limit, under the flat part computing is; the closer to the line, the less is left to gain. Above "
+            "it, the machine was faster than when it was probed.",
             _roofline(report),
         ),
         card(
