@@ -17,11 +17,12 @@ BASE_PYTHON = $(shell $(BIN)/python -c 'import sys; print(sys._base_executable)'
 PRELOAD = $(shell $(CXX_FOUND) -print-file-name=libasan.so):$(shell $(CXX_FOUND) -print-file-name=libstdc++.so)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format sanitize clean distclean
+.PHONY: help run test test-npu lint format sanitize clean distclean
 
 help:
 	@echo "make run       install, then let the demo model answer: $(QUESTION)"
 	@echo "make test      install what the tests need, then lint, types and all tests"
+	@echo "make test-npu  the NPU backend's tests alone, on an emulator, in an environment of their own"
 	@echo "make lint      ruff and mypy alone"
 	@echo "make format    let ruff format the code"
 	@echo "make sanitize  the kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -32,6 +33,14 @@ run: $(VENV)/installed
 
 test: lint
 	$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory test-npu
+
+# torch_npu lives in an environment of its own (tests/npu/environment.py says why); it is skipped, loudly, where it can't be had.
+test-npu: $(VENV)/installed-test
+	@python=$$($(BIN)/python tests/npu/environment.py $(VENV)-npu); status=$$?; \
+	if [ $$status = 3 ]; then exit 0; elif [ $$status != 0 ]; then exit 1; fi; \
+	echo "the NPU backend, on the emulator:"; \
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 timeout 600 "$$python" -m pytest tests/npu
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -77,4 +86,4 @@ clean:
 	find src tests demo benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-npu

@@ -30,7 +30,7 @@ LEVELS = (
     ("loader", "random_checkpoint"),
     ("worker",),
     ("async_engine", "llm"),
-    ("server", "eval", "bench", "quantize", "compare"),
+    ("server", "eval", "bench", "quantize", "compare", "doctor"),
     ("commands", "compat"),
     ("cli",),
     ("__main__",),

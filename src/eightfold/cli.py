@@ -39,6 +39,7 @@ COMMANDS: dict[str, Command] = {
     "chat": Command("talk with the model", "MODEL", options.add_chat, options.CHAT_EPILOG),
     "info": Command("what a model is, and what it needs on this machine", "MODEL", options.add_info),
     "compare": Command("how similar two models are", "A B", options.add_compare, options.COMPARE_EPILOG),
+    "doctor": Command("check that a device computes what it should", "--device NAME", options.add_doctor),
     "bench": Command(
         "measure kernels, the whole engine, or ranks",
         "{kernels,offline,loading,all-reduce} [MODEL]",

@@ -55,7 +55,7 @@ def load_engine(config: EngineConfig, progress: Progress | None = None, ranks: R
     tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, folder, model_config)
     max_model_len = _context(config, model_config)
     runner = _load_runner(config, folder, model_config, ranks or alone(), progress)
-    pool = PagePool(runner.num_pages, config.block_size, config.enable_prefix_caching)
+    pool = PagePool(runner.num_pages, runner.page_size, config.enable_prefix_caching)
     scheduler = Scheduler(pool, config.max_num_seqs, config.max_num_batched_tokens)
     return Engine(runner, scheduler, tokenizer, model_config.eos_token_ids, max_model_len, config.seed)
 
@@ -80,6 +80,8 @@ def _load_runner(
     dtype = named_dtype("dtype", config.dtype, checkpoint.main_dtype)
     kv_dtype = kv_cache_dtype(config.kv_cache_dtype, dtype)
     ops = get_ops(config.device, dtype, config.threads, config.strict_kernels)
+    ops.expect_weights(checkpoint.total_bytes // ranks.world.size)
+    config = replace(config, block_size=ops.page_size(config.block_size))
     max_model_len = _context(config, model_config)
     if ranks.world.size > 1:
         _compare(ranks.world, model_config, checkpoint, ops)

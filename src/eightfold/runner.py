@@ -28,7 +28,7 @@ class Runner:
         self._lead = self._world.rank == 0  # whether the others wait for a message; not so after a step that failed
         self.vocab_size = config.vocab_size
         self.num_pages = num_pages
-        self._page_size = page_size
+        self.page_size = page_size
         self._pages = [
             model.ops.new_pages(num_pages, page_size, model.kv_heads, config.head_dim, kv_dtype)
             for _ in range(config.num_layers)
@@ -36,7 +36,9 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Tensor:
-        """One step of the model → logits [L, V] fp32, a row for each of `plan.logit_rows`. Rank 0 alone calls it."""
+        """One step of the model → logits [L, V] fp32 on the host, a row for each of `plan.logit_rows`.
+
+        Rank 0 alone calls it."""
         if self._world.size == 1:
             return self._step(plan)
         message = encode(plan)
@@ -60,7 +62,7 @@ class Runner:
         self._lead = False
 
     def _step(self, plan: Plan) -> Tensor:
-        return self._model.forward(make_batch(plan, self._page_size, self._model.ops.device), self._pages)
+        return self._model.forward(make_batch(plan, self.page_size, self._model.ops.device), self._pages).cpu()
 
 
 def make_batch(plan: Plan, page_size: int, device: torch.device) -> Batch:

@@ -111,6 +111,13 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     add_engine(parser)
 
 
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `eightfold doctor`."""
+    parser.add_argument("--device", default=_default("device"), help="the device to check (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", help="compute dtypes, with commas between (default: all it has)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: all cores)")
+
+
 def add_make_random(parser: argparse.ArgumentParser) -> None:
     """The arguments of `eightfold make-random`."""
     parser.add_argument("destination", metavar="DST", help="the folder to write; it must be absent or empty")
@@ -245,13 +252,13 @@ def add_engine(parser: argparse.ArgumentParser, text_only: bool = False) -> None
         shown = "" if default is None else f" (default: {default})"
         group.add_argument(f"--{name}", type=kind, default=default, help=text + shown, metavar=metavar)
 
-    add("device", str, "cpu (native kernels) or torch (the reference)", "NAME")
+    add("device", str, "cpu (native kernels), npu (Ascend; npu:1 is the second) or torch (the reference)", "NAME")
     add("dtype", str, "compute in float32, bfloat16, float16, or as the checkpoint is stored", "NAME")
     add("threads", int, "threads that each rank computes with (default: its share of the cores)", "N")
     add("max-model-len", int, "the most tokens of prompt and answer together (default: the model's)", "N")
     add("max-num-seqs", int, "the most sequences that run at once", "N")
     add("max-num-batched-tokens", int, "the most tokens of one step; longer prompts go in chunks", "N")
-    add("block-size", int, "tokens in a page of keys and values", "N")
+    add("block-size", int, "tokens in a page of keys and values; a device may round it up", "N")
     add("kv-cache-dtype", str, "how keys and values are kept: float32, bfloat16, float16, int8, or as --dtype", "NAME")
     add("kv-cache-memory-bytes", size, "memory for keys and values, 4GiB or 512M (default: what is free)", "SIZE")
     add("load-mode", str, "weights as mapped files (mmap), in huge pages (copy), or locked there (lock)", "NAME")

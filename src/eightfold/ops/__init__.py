@@ -135,7 +135,7 @@ class Ops:
     """
 
     name: ClassVar[str] = "torch"
-    activation_dtype: ClassVar[torch.dtype] = torch.float32
+    activation_dtype: torch.dtype = torch.float32
 
     def __init__(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         self.dtype = dtype
@@ -145,6 +145,10 @@ class Ops:
     def threads(self) -> int:
         """How many threads compute."""
         return torch.get_num_threads()
+
+    def page_size(self, wish: int) -> int:
+        """The tokens in a page, `wish` or the next larger number that `attention` can read."""
+        return wish
 
     def new_pages(self, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Pages:
         """Memory for one layer's keys and values; not cleared, so on a CPU it costs nothing until it is written."""
@@ -281,16 +285,25 @@ class Ops:
         """What runs `operation` for weights of `scheme`, as `eightfold info` prints it."""
         return "torch"
 
+    def facts(self) -> dict[str, str]:
+        """What a report about this backend should say of the device, by name."""
+        return {"threads": str(self.threads)}
+
+    def expect_weights(self, size: int) -> None:
+        """Called before weights of `size` bytes are loaded. A device with memory of its own keeps so much of it free,
+        or raises EightfoldError if they don't fit; mapped files take none."""
+
     def available_memory(self) -> int:
         """Bytes that keys and values could take now."""
         return available_memory()
 
 
-DEVICES = ("cpu", "torch")
+DEVICES = ("cpu", "torch", "npu")
 
 
 def get_ops(device: str, dtype: torch.dtype, threads: int | None = None, strict_kernels: bool = False) -> Ops:
-    """The backend for a device: "cpu" (native kernels) or "torch" (this file's reference, on the CPU).
+    """The backend for a device: "cpu" (native kernels), "torch" (this file's reference, on the CPU), "npu" or "npu:1"
+    (Ascend).
 
     `threads` None takes all cores that this process may use. Raises EightfoldError for another device.
     """
@@ -302,6 +315,9 @@ def get_ops(device: str, dtype: torch.dtype, threads: int | None = None, strict_
         if threads is not None:
             torch.set_num_threads(threads)
         return Ops(dtype)
+    if device.partition(":")[0] == "npu":
+        npu: Ops = import_module("eightfold.ops.npu").NpuOps(dtype, device, strict_kernels=strict_kernels)
+        return npu
     raise EightfoldError(f"device {device!r} is not supported; there are {', '.join(DEVICES)}")
 
 

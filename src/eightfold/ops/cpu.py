@@ -102,6 +102,9 @@ class CpuOps(Ops):
     def isa(self) -> str:
         return self.engine.isa
 
+    def facts(self) -> dict[str, str]:
+        return {"threads": str(self.threads), "instruction set": self.isa}
+
     def probe(self) -> dict[str, float]:
         """What the machine can do now: operations per second by number format, and bytes per second of "read"."""
         threads, isa = self.threads, self.isa

@@ -1,0 +1,248 @@
+"""Weights on the NPU: moved tensor by tensor, laid out once as the fused products want them.
+
+A product's handle has `__call__(x)`, x [T, in] of the compute dtype → [T, out] of the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eightfold.ops import Expert, Weight
+from eightfold.ops.npu.device import FRACTAL_NZ, Device
+from eightfold.parallel import Group, Ranks
+from eightfold.types import EightfoldError
+
+LARGEST_AXIS = 65535  # of int8 products: rows and columns of a matrix
+LARGEST_FUSED_WIDTH = 10240  # 2·I of npu_grouped_matmul_swiglu_quant, from the documentation of CANN's operator
+SCHEMES = ("dense", "w8a8", "w8a16")
+
+
+class Product(Protocol):
+    """A prepared matrix."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """A matrix [N, K] of the compute dtype."""
+
+    weight: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+@dataclass(frozen=True, slots=True)
+class Int8:
+    """int8 [K, N] and fp32 scales [N]; activations are quantized token by token."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        q, scale = torch.ops.npu.npu_dynamic_quant(x)  # int8 [T, K], fp32 [T]
+        y: Tensor = torch.ops.npu.npu_quant_matmul(
+            q, self.weight, self.scale, pertoken_scale=scale, output_dtype=x.dtype
+        )
+        return y
+
+
+@dataclass(frozen=True, slots=True)
+class WeightOnly:
+    """int8 [K, N], a transposed view of the rows as stored, and scales [N] of the compute dtype."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.npu.npu_weight_quant_batchmatmul(x, self.weight, self.scale)
+        return y
+
+
+@dataclass(frozen=True, slots=True)
+class Grouped:
+    """A layer's experts for the grouped products: w1 and w3 side by side, [E, H, 2·I], and w2 [E, I, H].
+
+    Scales are None for dense weights; for int8 [E, 2·I] and [E, H], of the dtypes that the products ask for.
+    """
+
+    scheme: str
+    count: int
+    w13: Tensor
+    w2: Tensor
+    scale13: Tensor | None = None
+    scale2: Tensor | None = None
+    fused: bool = False  # the first product, the activation and its quantization as one operation
+
+
+@dataclass(frozen=True, slots=True)
+class OneByOne:
+    """A layer's experts, each with products of its own: w1 over w3, and w2."""
+
+    experts: tuple[tuple[Product, Product], ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.experts)
+
+
+class Share(Protocol):
+    """Which experts of a layer's `total` a rank has: `first` and following; and for whom."""
+
+    @property
+    def first(self) -> int: ...
+
+    @property
+    def total(self) -> int: ...
+
+    @property
+    def ranks(self) -> Ranks: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SharedExperts:
+    """A rank's experts; without a share all of them."""
+
+    experts: Grouped | OneByOne
+    share: Share | None
+
+
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """A product whose columns the ranks of a group share."""
+
+    product: Product
+    group: Group
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.product(x)
+        return self.group.all_reduce_sum(y.float()).to(y.dtype)
+
+
+class Uploader:
+    """Moves weights to one device in one compute dtype."""
+
+    def __init__(self, device: Device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.nz = os.environ.get("ATB_LLM_ENABLE_AUTO_TRANSPOSE", "1") != "0"
+
+    def linear(self, weights: Sequence[Weight]) -> Product:
+        """Matrices of one width, side by side."""
+        scheme = self._scheme(weights)
+        with self._memory():
+            rows = self._stack([w.parts["weight"] for w in weights], scheme)  # [N, K]
+            if scheme == "dense":
+                return Dense(rows if self.device.soc.fused else self._as_nz(rows))
+            _check_axes(rows)
+            scale = torch.cat([self._scale(w) for w in weights])  # [N]
+            if scheme == "w8a16" or not self.device.soc.fused:
+                return WeightOnly(rows.t(), scale.to(self.dtype))
+            return Int8(self._as_nz(rows.t().contiguous()), scale)
+
+    def experts(self, experts: Sequence[Expert]) -> Grouped | OneByOne:
+        scheme = self._scheme([w for expert in experts for w in expert])
+        if not self.device.soc.fused:
+            return OneByOne(tuple((self.linear([e.w1, e.w3]), self.linear([e.w2])) for e in experts))
+        with self._memory():
+            w13 = self._grouped([(e.w1, e.w3) for e in experts], scheme)  # [E, H, 2·I]
+            w2 = self._grouped([(e.w2,) for e in experts], scheme)  # [E, I, H]
+            if scheme == "dense":
+                return Grouped(scheme, len(experts), w13, w2)
+            fused = scheme == "w8a8" and self.nz and w13.shape[2] <= LARGEST_FUSED_WIDTH
+            if scheme == "w8a8":
+                w13, w2 = self._as_nz(w13), self._as_nz(w2)
+            # Beside bf16 results the products document bf16 scales only; the fused one takes fp32.
+            narrow = torch.float32 if scheme == "w8a8" and self.dtype == torch.float16 else self.dtype
+            scale13, scale2 = (
+                torch.stack([torch.cat([self._scale(w) for w in group]) for group in groups])
+                for groups in ([(e.w1, e.w3) for e in experts], [(e.w2,) for e in experts])
+            )
+            return Grouped(
+                scheme, len(experts), w13, w2, scale13 if fused else scale13.to(narrow), scale2.to(narrow), fused
+            )
+
+    def tensor(self, tensor: Tensor) -> Tensor:
+        """A norm in the compute dtype, since the fused norms want one dtype; anything else as it is."""
+        with self._memory():
+            return tensor.to(self.device.name, self.dtype if tensor.dim() == 1 else tensor.dtype)
+
+    def _scheme(self, weights: Sequence[Weight]) -> str:
+        schemes = {w.scheme for w in weights}
+        if len(schemes) > 1:
+            raise EightfoldError(
+                f"weights of the schemes {', '.join(sorted(schemes))} stand side by side; one is wanted"
+            )
+        scheme = schemes.pop()
+        if scheme not in SCHEMES:
+            raise EightfoldError(f"scheme {scheme} has no NPU kernel; there are {', '.join(SCHEMES)}")
+        if scheme != "dense" and self.dtype == torch.float32:
+            raise EightfoldError(f"scheme {scheme} has no NPU kernel for float32: use --dtype bfloat16 or float16")
+        return scheme
+
+    def _stack(self, parts: Sequence[Tensor], scheme: str) -> Tensor:
+        """Matrices [n, K] on the host → one [N, K] on the device, one upload after the other."""
+        dtype = self.dtype if scheme == "dense" else torch.int8
+        if len(parts) == 1:
+            return parts[0].to(self.device.name).to(dtype).contiguous()
+        total = torch.empty(sum(len(p) for p in parts), parts[0].shape[1], dtype=dtype, device=self.device.name)
+        first = 0
+        for part in parts:
+            total[first : first + len(part)].copy_(part.to(self.device.name))
+            first += len(part)
+        return total
+
+    def _grouped(self, groups: Sequence[Sequence[Weight]], scheme: str) -> Tensor:
+        """For each expert matrices [n, K] side by side → [E, K, N]; weight-only ones as views of rows [E, N, K]."""
+        first = groups[0]
+        rows, columns = sum(w.shape[0] for w in first), first[0].shape[1]
+        if scheme != "dense" and max(rows, columns) > LARGEST_AXIS:
+            raise EightfoldError(
+                f"an int8 matrix of {rows} by {columns} is too large: at most {LARGEST_AXIS} either way"
+            )
+        dtype = self.dtype if scheme == "dense" else torch.int8
+        out = torch.empty(len(groups), columns, rows, dtype=dtype, device=self.device.name)
+        for number, group in enumerate(groups):
+            start = 0
+            for weight in group:
+                part = weight.parts["weight"]
+                out[number, :, start : start + len(part)].copy_(part.to(self.device.name).t())
+                start += len(part)
+        return out
+
+    def _scale(self, weight: Weight) -> Tensor:
+        return weight.parts["weight_scale"].reshape(-1).to(self.device.name, torch.float32)
+
+    def _as_nz(self, matrix: Tensor) -> Tensor:
+        if not self.nz:
+            return matrix
+        cast: Tensor = torch.ops.npu.npu_format_cast(matrix, FRACTAL_NZ)
+        return cast
+
+    @contextmanager
+    def _memory(self) -> Iterator[None]:
+        """An EightfoldError that says how much there is where the device's memory does not suffice."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            free, total = (x / 2**30 for x in (self.device.free_memory(), self.device.total_memory()))
+            raise EightfoldError(
+                f"{self.device.name} ({self.device.chip}) has {free:.1f} of {total:.1f} GiB of memory left, too little "
+                "for the weights: use more devices, or a quantized model"
+            ) from error
+
+
+def _check_axes(matrix: Tensor) -> None:
+    if max(matrix.shape) > LARGEST_AXIS:
+        raise EightfoldError(
+            f"an int8 matrix of {matrix.shape[0]} by {matrix.shape[1]} is too large: at most {LARGEST_AXIS} either way"
+        )
