@@ -239,7 +239,7 @@ class Mixtral:
             yield LayerOutput(residual, x, ids)
 
     def logits(self, x: Tensor, residual: Tensor) -> Tensor:
-        """x and residual [L, H], of which the sum leaves the last layer → [L, V] fp32."""
+        """x and residual [L, H], of which the sum leaves the last layer → [L, V] fp32, on the host."""
         x, _ = self.ops.rms_norm(x, self._norm, self.config.rms_norm_eps, residual)
-        logits = self.ops.linear(x, self._head).float()  # this rank's rows of the vocabulary
+        logits = self.ops.linear(x, self._head).float().cpu()  # this rank's rows of the vocabulary
         return self._world.all_gather(logits)[:, self._columns] if self._world.size > 1 else logits

@@ -62,7 +62,7 @@ class Runner:
         self._lead = False
 
     def _step(self, plan: Plan) -> Tensor:
-        return self._model.forward(make_batch(plan, self.page_size, self._model.ops.device), self._pages).cpu()
+        return self._model.forward(make_batch(plan, self.page_size, self._model.ops.device), self._pages)
 
 
 def make_batch(plan: Plan, page_size: int, device: torch.device) -> Batch:

@@ -23,7 +23,7 @@ from eightfold.ops import Batch, Expert, Ops, Pages, Rope, Weight
 from eightfold.ops.npu import attention, experts
 from eightfold.ops.npu.attention import Lengths, NzPages, Rotation
 from eightfold.ops.npu.device import FRACTAL_NZ, SWITCHES, cann_version, open_device
-from eightfold.ops.npu.weights import SCHEMES, Grouped, Product, Share, SharedExperts, Summed, Uploader
+from eightfold.ops.npu.weights import SCHEMES, Grouped, Product, Share, SharedExperts, Summed, Uploader, summed
 from eightfold.parallel import Ranks
 from eightfold.types import EightfoldError
 
@@ -164,7 +164,7 @@ class NpuOps(Ops):
             y = experts.grouped(x, ids, weights, own, first, total)
         else:
             y = experts.one_by_one(x, ids, weights, own, first)
-        return y if share is None else share.ranks.world.all_reduce_sum(y.float()).to(y.dtype)
+        return y if share is None else summed(y, share.ranks.world)
 
     def kernel(self, operation: str, scheme: str) -> str:
         fused = self.soc.fused
