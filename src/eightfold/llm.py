@@ -80,6 +80,7 @@ class LLM:
         place = find_place(config, os.environ)
         if place.rank != 0:
             sys.exit(follow_as_told(options))
+        self.world_size = place.size  # ranks, this one among them
         ranks = None
         if place.size > 1:
             from eightfold.parallel.launch import Job  # brings torch.distributed with it

@@ -93,7 +93,7 @@ class StepTimes:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What `Bench.run` saw. Times are in seconds; works are what the steps needed at least."""
+    """What `Bench.run` saw. Times are in seconds; works are what the steps needed at least, None with several ranks."""
 
     in_flight: int
     seconds: float  # from the first request's arrival to the last one's end
@@ -269,8 +269,9 @@ class Bench:
             seconds=seconds,
             requests=requests,
             steps=tuple(steps),
-            prefill_work=works.get(True),
-            decode_work=works.get(False),
+            # The limits are probed on this rank's threads alone, so the work of all ranks can't be judged by them.
+            prefill_work=works.get(True) if self.llm.world_size == 1 else None,
+            decode_work=works.get(False) if self.llm.world_size == 1 else None,
             expert_counts=counts.reshape(len(steps), layers, -1).sum(axis=0),
             experts_hit=float(hits.mean()),
             kv_bytes=max(sum(map(self._kv_bytes, step.rows)) for step in steps),
