@@ -17,6 +17,7 @@ from eightfold.eval.task import Record, Task
 from eightfold.types import EightfoldError
 
 Z = 1.959963984540054  # of the normal distribution, for 95 %
+RESULT_COLUMNS = ("file_name", "value", "correct", "sum")
 DEBUG_COLUMNS = ("key", "queries", "input_token_ids", "output_token_ids", "test_result", "golden_result", "pass")
 
 
@@ -112,9 +113,8 @@ def write_results(folder: Path, task: Task, records: Sequence[Record], settings:
     """Write TASK_result.csv, TASK_debug.csv and TASK_result.json into `folder` → the rows. Each file is there whole or
     not at all. Raises EightfoldError where it can't be written."""
     rows = summarize(task, records)
-    shared = [(row.name, next(iter(row.scores.values()), 0.0), f"{row.correct:g}", row.items) for row in rows]
-    _write(folder / f"{task.name}_result.csv", _csv(("file_name", "value", "correct", "sum"), shared))
-    _write(folder / f"{task.name}_debug.csv", _csv(DEBUG_COLUMNS, map(_debug, records)))
+    _write(folder / f"{task.name}_result.csv", _csv(RESULT_COLUMNS, map(result_cells, rows)))
+    _write(folder / f"{task.name}_debug.csv", _csv(DEBUG_COLUMNS, map(debug_cells, records)))
     named = [
         {"name": row.name, "items": row.items, "correct": row.correct, **row.scores, "interval_95": [row.low, row.high]}
         for row in rows
@@ -138,7 +138,13 @@ def check_writable(folder: Path) -> None:
             raise PermissionError(13, "Permission denied")
 
 
-def _debug(record: Record) -> tuple[Any, ...]:
+def result_cells(row: Row) -> tuple[Any, ...]:
+    """A row under RESULT_COLUMNS."""
+    return row.name, next(iter(row.scores.values()), 0.0), f"{row.correct:g}", row.items
+
+
+def debug_cells(record: Record) -> tuple[Any, ...]:
+    """A record under DEBUG_COLUMNS."""
     queries = record.queries if isinstance(record.queries, str) else json.dumps(record.queries, ensure_ascii=False)
     ids = json.dumps(record.input_token_ids), json.dumps(record.output_token_ids)
     return record.key, queries, *ids, record.test_result, record.golden_result, record.passed
