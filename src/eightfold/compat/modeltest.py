@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eightfold.compat.console import note
-from eightfold.compat.dialogue import say_ineffective
+from eightfold.compat.dialogue import check_ranks, say_ineffective
 from eightfold.compat.environment import Environment, read_environment
 from eightfold.compat.modeltest_grammar import ModelTest, parse
 from eightfold.types import EightfoldError
@@ -69,6 +69,7 @@ def run(test: ModelTest, environment: Environment, home: Path) -> None:
     if environment.torchrun_ranks is not None:
         raise EightfoldError("run.sh starts its ranks itself: call it without torchrun")
     model = load_model_config(resolve(test.weights))
+    check_ranks(test.layout, model)
     check_context(test, model)
     places = places_of(test, environment, model, home)
     for folder in (places.results, places.data, places.debug):
