@@ -1,4 +1,4 @@
-"""What the commands say beside answers and results, on standard error. Of several ranks only rank 0 speaks, but for errors."""
+"""What the commands say beside results, on standard error. Of several ranks only rank 0 does, but for errors."""
 
 from __future__ import annotations
 
