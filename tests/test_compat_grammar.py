@@ -361,6 +361,8 @@ def test_the_environment() -> None:
     )
     assert found.devices == 4 and found.benchmark_file == Path("benchmark_result/benchmark.csv")
     assert found.ineffective == ("ATB_OPERATION_EXECUTE_ASYNC", "INF_NAN_MODE_ENABLE")
+    assert read_environment({}, npu=True).hardware == "NPU"
+    assert read_environment({"EIGHTFOLD_DEVICE": "cpu"}, npu=True).hardware == "CPU"
     assert read_environment({"EIGHTFOLD_DEVICE": "cuda", "CUDA_VISIBLE_DEVICES": "3"}).devices == 1
     assert read_environment({"RANK": "1", "WORLD_SIZE": "2"}).torchrun_ranks == 2
 

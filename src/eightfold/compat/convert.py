@@ -11,7 +11,7 @@ from pathlib import Path
 from eightfold.compat.console import note
 from eightfold.compat.dialogue import say_ineffective
 from eightfold.compat.dialogue_grammar import Parser, normal_flags
-from eightfold.compat.environment import read_environment
+from eightfold.compat.environment import has_npu, read_environment
 from eightfold.types import EightfoldError
 
 SCHEME = "w8a8_dynamic"
@@ -21,7 +21,7 @@ OPTIONS = ("--model_path", "--save_directory", "--trust_remote_code")
 def main(argv: Sequence[str]) -> int:
     """→ 0. Raises EightfoldError on what can't be converted, before anything is written."""
     source, destination, trusts = parse(argv[1:])
-    environment = read_environment(os.environ)
+    environment = read_environment(os.environ, has_npu())
     if trusts:
         note("--trust_remote_code has no effect: no code from a checkpoint is ever executed here")
     say_ineffective(environment)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eightfold.compat.console import log, note
 from eightfold.compat.dialogue_grammar import Dialogue, parse_python, parse_script
-from eightfold.compat.environment import Environment, read_environment
+from eightfold.compat.environment import Environment, has_npu, read_environment
 from eightfold.compat.layout import Layout
 from eightfold.types import EightfoldError, Request, RequestOutputKind, SamplingParams
 
@@ -21,7 +21,7 @@ WARM_UP = 64  # tokens of a prompt that reaches all experts
 
 def main(argv: Sequence[str]) -> int:
     """run_pa.sh or run_pa.py with its words → 0. Raises EightfoldError."""
-    environment = read_environment(os.environ)
+    environment = read_environment(os.environ, has_npu())
     parse = parse_script if argv[0] == "run_pa.sh" else parse_python
     dialogue = parse(argv[1:], environment)
     for text in dialogue.notes:
@@ -57,7 +57,9 @@ def run(dialogue: Dialogue, environment: Environment) -> None:
 
     check_ranks(dialogue.layout, load_model_config(resolve(dialogue.model)))
     # As with the reference, a batch of one prompt is that prompt so many times: all of it is computed each time.
-    options = {"max_num_batched_tokens": dialogue.prefill_tokens} if dialogue.prefill_tokens else {}
+    options: dict[str, Any] = dialogue.layout.engine_options()
+    if dialogue.prefill_tokens is not None:
+        options["max_num_batched_tokens"] = dialogue.prefill_tokens
     with LLM(
         dialogue.model,
         device=environment.device,
@@ -67,7 +69,6 @@ def run(dialogue: Dialogue, environment: Environment) -> None:
         skip_tokenizer_init=not dialogue.load_tokenizer,
         enable_prefix_caching=False,
         **options,
-        **dialogue.layout.engine_options(),
     ) as llm:
         _answer(llm, dialogue, environment)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from eightfold.types import EightfoldError
@@ -45,9 +47,14 @@ class Environment:
         return HARDWARE[self.device]
 
 
-def read_environment(environ: Mapping[str, str]) -> Environment:
-    """Raises EightfoldError on a variable whose value can't be used."""
-    device = environ.get("EIGHTFOLD_DEVICE") or "cpu"
+def has_npu() -> bool:
+    """Whether the software for NPUs is installed: then they are what the commands run on."""
+    return "torch_npu" in sys.modules or find_spec("torch_npu") is not None
+
+
+def read_environment(environ: Mapping[str, str], npu: bool = False) -> Environment:
+    """`npu` is the device unless a variable names another. Raises EightfoldError on a value that can't be used."""
+    device = environ.get("EIGHTFOLD_DEVICE") or ("npu" if npu else "cpu")
     if device not in HARDWARE:
         raise EightfoldError(f"EIGHTFOLD_DEVICE is {device!r}; it must be one of {', '.join(HARDWARE)}")
     variable = "CUDA_VISIBLE_DEVICES" if device == "cuda" else "ASCEND_RT_VISIBLE_DEVICES"

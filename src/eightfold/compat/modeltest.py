@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from eightfold.compat.console import note
 from eightfold.compat.dialogue import check_ranks, say_ineffective
-from eightfold.compat.environment import Environment, read_environment
+from eightfold.compat.environment import Environment, has_npu, read_environment
 from eightfold.compat.modeltest_grammar import ModelTest, parse
 from eightfold.types import EightfoldError
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     if not words or any(word in ("-h", "--help") for word in words):
         print(USAGE)
         return 0 if words else 2
-    environment = read_environment(os.environ)
+    environment = read_environment(os.environ, has_npu())
     test = parse(words)
     for text in test.notes:
         note(text)

@@ -167,8 +167,8 @@ class Tests:
         except CaseError as error:
             raise CaseError(f"case [{case.input_len},{case.output_len}] of batch {batch} failed: {error}") from None
         row = self._row(case, timed)
-        names = ("batch", "seq_len_in", "seq_len_out", "total_time", "prefill_all_time", "prefill_avg_time")
-        names += ("non_first_token_time", "non_first_token_throughput", "e2e_throughput")
+        names = ["batch", "seq_len_in", "seq_len_out", "total_time", "prefill_all_time", "prefill_avg_time"]
+        names += ["non_first_token_time", "non_first_token_throughput", "e2e_throughput"]
         print(", ".join(f"{name}: {value}" for name, value in zip(names, row[1:], strict=True)), flush=True)
         return row
 

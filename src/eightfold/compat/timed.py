@@ -58,8 +58,8 @@ def run_timed(engine: Engine, requests: Sequence[Request]) -> Timed:
         for request in requests:
             engine.abort(request.request_id)
     seconds = time.perf_counter() - start
-    outputs = tuple(done[request.request_id] for request in requests)
-    return Timed(outputs, tuple(times[True]), tuple(times[False]), seconds)
+    ended = tuple(done[request.request_id] for request in requests)
+    return Timed(ended, tuple(times[True]), tuple(times[False]), seconds)
 
 
 def _unread(scheduler: Scheduler) -> dict[int, int]:
