@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "eightfold"
 # A room may import the rooms of the lines above its own, never those of its own line.
 LEVELS = (
     ("types", "machine", "html"),
-    ("weight_files", "vocabulary", "file_memory"),
+    ("weight_files", "vocabulary", "file_memory", "data_files"),
     ("config_file", "hub", "safetensors_file", "chat_template"),
     ("quant_config",),
     ("config", "detokenizer"),
@@ -44,6 +44,7 @@ WITHOUT_TORCH = {
     "html",
     "config",
     "config_file",
+    "data_files",
     "plan_bytes",
     "quant_config",
     "weight_files",

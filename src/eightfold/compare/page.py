@@ -8,13 +8,13 @@ from html import escape
 
 from eightfold import __version__
 from eightfold.compare.report import Bucket, Report, TokenReport, agreement, change, percent, size, windows
-from eightfold.html import card, document, table, tiles
+from eightfold.html import card, document, last_part, table, tiles
 from eightfold.html.charts import Bar, Series, bars, columns, lines
 
 
 def page(report: Report) -> str:
     """The whole page."""
-    names = f"{_plain(report.a.name)} and {_plain(report.b.name)}"
+    names = f"{last_part(report.a.name)} and {last_part(report.b.name)}"
     cards = [
         card(
             "How far apart the hidden states are, layer by layer",
@@ -52,11 +52,6 @@ def page(report: Report) -> str:
         f"<footer>{_footer(report)}</footer>"
     )
     return document(f"{names} compared", body)
-
-
-def _plain(name: str) -> str:
-    """A folder by its last part."""
-    return name.rstrip("/").rpartition("/")[2] or name
 
 
 def _head(report: Report) -> str:

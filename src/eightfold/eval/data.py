@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eightfold.data_files import read_text
 from eightfold.types import EightfoldError
 
 REFERENCE = Path("tests") / "modeltest" / "data"  # where users of the reference system keep their data sets
@@ -48,7 +49,7 @@ def read_jsonl(path: Path, kinds: Kinds) -> Iterator[tuple[int, dict[str, Any]]]
     """(line number, row) of each line that isn't blank. Raises EightfoldError on a row without a key of `kinds`, or
     with another type there."""
     number = 0
-    for number, line in enumerate(_text(path).split("\n"), 1):  # splitlines would also split inside of JSON
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines would also split inside of JSON
         if line.strip():
             yield number, check_row(parse_json(line, f"{path}:{number}"), kinds, f"{path}:{number}")
     if not number:
@@ -64,7 +65,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    return parse_json(_text(path), str(path))
+    return parse_json(read_text(path), str(path))
 
 
 def check_row(row: Any, kinds: Kinds, where: str) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def check_row(row: Any, kinds: Kinds, where: str) -> dict[str, Any]:
 
 def read_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
     """(line number, cells) of each row that isn't blank; the number is that of the row's last line."""
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         for row in reader:
             if any(cell.strip() for cell in row):
@@ -120,13 +121,3 @@ def choose_subjects(known: Sequence[str], wanted: Sequence[str]) -> list[str]:
     if unknown:
         raise EightfoldError(f"there is no subject {unknown[0]!r}; there are {', '.join(known)}")
     return [name for name in known if name in wanted or not wanted]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise EightfoldError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise EightfoldError(f"{path}:{line} is not text in UTF-8 (byte {error.object[error.start]:#04x})") from None

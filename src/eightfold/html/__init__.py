@@ -83,3 +83,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return f"<tr><{tag}>{first}</{tag}>" + "".join(f'<{tag} class="n">{cell}</{tag}>' for cell in others) + "</tr>"
 
     return f"<table>{row(header, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"
+
+
+def last_part(name: str) -> str:
+    """A folder's name without the folders that it lies in."""
+    return name.rstrip("/").rpartition("/")[2] or name

@@ -10,7 +10,7 @@ from eightfold.bench.accounting import Peaks
 from eightfold.bench.probes import median
 from eightfold.bench.report import Spread
 from eightfold.bench.requests.results import COLUMNS, notes
-from eightfold.html import card, document, tiles
+from eightfold.html import card, document, last_part, tiles
 from eightfold.html.charts import Bar, Curve, Series, bars, lines
 from eightfold.html.plots import COLOURS, Range, Roof, Spot, Stack, curves, heat_map, ranges, roofline, stacks
 
@@ -53,18 +53,13 @@ def page(report: Report) -> str:
             _experts(report["expert_counts"]),
         ),
     ]
-    name = _plain(report["model"]["name"])
+    name = last_part(report["model"]["name"])
     body = (
         f"{_head(report, name)}\n{_tiles(report['results'])}\n"
         f'<div class="cards">{"".join(cards)}{_answers(report["answers"])}{_table(report["results"])}</div>\n'
         f"<footer>{_footer(report)}</footer>"
     )
     return document(f"{name}: requests measured", body)
-
-
-def _plain(name: str) -> str:
-    """A folder by its last part."""
-    return name.rstrip("/").rpartition("/")[2] or name
 
 
 def _head(report: Report, name: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from eightfold.data_files import read_text
 from eightfold.types import EightfoldError
 
 REFERENCE = Path("tests") / "modeltest" / "data"  # where users of the reference system keep their data sets
@@ -52,7 +53,7 @@ def read_dataset(name: str, data: str | None) -> Iterator[tuple[str, str]]:
     check_name(name)
     known, path = DATASETS[name], find_file(name, data)
     count = 0
-    for number, line in enumerate(_text(path).split("\n"), 1):  # splitlines would also split inside of JSON
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines would also split inside of JSON
         if line.strip():
             count += 1
             yield f"{path}:{number}", known.prompt(_row(line, known.keys, f"{path}:{number}"))
@@ -93,13 +94,3 @@ def _row(line: str, keys: tuple[str, ...], where: str) -> dict[str, str]:
         if not isinstance(row[key], str):
             raise EightfoldError(f"{where}: {key!r} is {row[key]!r:.60}; it must be a text")
     return row
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise EightfoldError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise EightfoldError(f"{path}:{line} is not text in UTF-8 (byte {error.object[error.start]:#04x})") from None
