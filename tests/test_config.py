@@ -211,6 +211,8 @@ def test_honoured(tmp_path: Path, changes: dict[str, Any], field: str, value: ob
         ({"quantization_config": {"bits": 4}}, "quantization_config.bits is 4"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
         ({"eos_token_id": [2, -1]}, "eos_token_id"),
+        ({"eos_token_id": [2, []]}, "eos_token_id"),
+        ({"eos_token_id": [[2, [3]]]}, "eos_token_id"),
         ({"torch_dtype": 16}, "torch_dtype is 16"),
     ],
 )
@@ -239,6 +241,14 @@ def test_eos_of_generation_config_goes_first(tmp_path: Path, eos: object, ids: t
     generation = {} if eos is ABSENT else {"eos_token_id": eos}
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     assert load(tmp_path).eos_token_ids == ids
+
+
+def test_eos_may_be_sequences_of_tokens(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [[5, 6], 2, [9], [7, 8, 7]]}')
+    config = load(tmp_path)
+    assert (config.eos_token_ids, config.eos_sequences) == ((2, 9), ((5, 6), (7, 8, 7)))
+    (tmp_path / "generation_config.json").unlink()
+    assert load(tmp_path, **config_json(config)) == config
 
 
 def compressed_tensors(**changes: Any) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -246,6 +248,19 @@ def test_length_eos_and_stop_tokens_end_a_request(folder: Path) -> None:
     assert (stopped.finish_reason, stopped.stop_reason) == ("stop", third)
     held = SamplingParams(temperature=0, stop_token_ids=[third], ignore_eos=True, min_tokens=at + 2, max_tokens=10)
     assert third not in llm.generate(ids, held)[0].outputs[0].token_ids[: at + 1]
+
+
+def test_several_tokens_in_a_row_may_end_an_answer(folder: Path, tmp_path: Path) -> None:
+    ids = prompts(1, seed=2)[0][:30]
+    free = make(folder, "cpu").generate(ids, GREEDY)[0].outputs[0].token_ids
+    end = free[4:7]
+    first = next(at for at in range(3, len(free)) if free[at - 3 : at] == end)
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [[ids[-1], free[0]], end]}))
+    llm = make(tmp_path / "model", "cpu")
+    answer = llm.generate(ids, SamplingParams(temperature=0, max_tokens=24))[0].outputs[0]
+    assert (answer.token_ids, answer.finish_reason, answer.stop_reason) == (free[:first], "stop", None)
+    assert llm.generate(ids, GREEDY)[0].outputs[0].token_ids == free
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])

@@ -50,6 +50,7 @@ class ModelConfig:
     scheme: str = "dense"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    eos_sequences: tuple[tuple[int, ...], ...] = ()  # each, of two tokens or more, ends an answer too
     torch_dtype: str | None = None
 
 
@@ -111,6 +112,7 @@ def _build(keys: Keys, folder: Path, interleaved: bool) -> ModelConfig:
     layers, experts = keys.whole("num_hidden_layers"), keys.whole("num_local_experts", 8)
     heads, context = keys.whole("num_attention_heads"), keys.whole("max_position_embeddings", 131072)
     theta, kind, scaling = rope_values(keys, context)
+    eos = _eos(keys, folder)
     config = ModelConfig(
         vocab_size=keys.whole("vocab_size"),
         hidden_size=keys.whole("hidden_size"),
@@ -128,7 +130,8 @@ def _build(keys: Keys, folder: Path, interleaved: bool) -> ModelConfig:
         tie_word_embeddings=keys.flag("tie_word_embeddings"),
         scheme=scheme_of(keys, layers, experts, folder),
         bos_token_id=next(iter(keys.ids("bos_token_id", 1)), None),
-        eos_token_ids=_eos(keys, folder),
+        eos_token_ids=tuple(token for token, *more in eos if not more),
+        eos_sequences=tuple(sequence for sequence in eos if len(sequence) > 1),
         torch_dtype=(keys.text("dtype") or keys.text("torch_dtype") or "").removeprefix("torch.") or None,
     )
     _check(config, keys)
@@ -152,14 +155,14 @@ def _check(config: ModelConfig, keys: Keys) -> None:
         raise keys.fail("layer_types", f"{config.num_layers} times {kind!r}, to agree with sliding_window")
 
 
-def _eos(keys: Keys, folder: Path) -> tuple[int, ...]:
-    """From generation_config.json if it says so (a number or a list), else from the model's config."""
+def _eos(keys: Keys, folder: Path) -> tuple[tuple[int, ...], ...]:
+    """From generation_config.json if it says so, else from the model's config: sequences of tokens, mostly of one."""
     path = folder / "generation_config.json"
     if path.is_file():
         generation = Keys(path.name, read_json(path))
         if "eos_token_id" in generation.raw:
-            return generation.ids("eos_token_id", 2)
-    return keys.ids("eos_token_id", 2)
+            return generation.sequences("eos_token_id", 2)
+    return keys.sequences("eos_token_id", 2)
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:
@@ -169,6 +172,7 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
     """
     if config.rope.interleaved:
         raise EightfoldError("config.json cannot describe weights in Mistral's own layout")
+    eos = [*config.eos_token_ids, *map(list, config.eos_sequences)]
     result = {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
@@ -189,7 +193,7 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_word_embeddings,
         "hidden_act": "silu",
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": list(config.eos_token_ids) if len(config.eos_token_ids) != 1 else config.eos_token_ids[0],
+        "eos_token_id": eos[0] if len(eos) == 1 and not config.eos_sequences else eos,
         "torch_dtype": config.torch_dtype,
     }
     if config.rope.kind != "default":

@@ -145,6 +145,15 @@ class Keys:
             raise self.fail(key, "a token id or a list of them")
         return tuple(values)
 
+    def sequences(self, key: str, default: int) -> tuple[tuple[int, ...], ...]:
+        """Sequences of token ids: a number is a sequence of one, a list holds numbers and lists of them."""
+        value = [] if self.is_null(key) else self.raw.get(key, default)
+        values = value if isinstance(value, list) else [value]
+        found = [one if isinstance(one, list) else [one] for one in values]
+        if not all(one and all(type(token) is int and token >= 0 for token in one) for one in found):
+            raise self.fail(key, "a token id, or a list of them and of their sequences")
+        return tuple(map(tuple, found))
+
 
 def hugging_face_keys(file: str, raw: dict[str, Any]) -> Keys:
     """Checked for what it is and for unknown keys. Raises EightfoldError unless this is a Mixtral config."""

@@ -58,8 +58,9 @@ class _RequestState:
 class Engine:
     """Runs any number of requests together, each as if it were alone.
 
-    `eos_token_ids` end a sequence unless its parameters ignore them; `max_model_len` bounds prompt and output
-    together; `seed` makes requests without a seed of their own repeatable from run to run.
+    `eos_token_ids` and `eos_sequences` (of several tokens) end a sequence unless its parameters ignore them;
+    `max_model_len` bounds prompt and output together; `seed` makes requests without a seed of their own repeatable from
+    run to run.
     """
 
     def __init__(
@@ -70,12 +71,14 @@ class Engine:
         eos_token_ids: Seq[int],
         max_model_len: int,
         seed: int = 0,
+        eos_sequences: Seq[tuple[int, ...]] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.scheduler = scheduler
         self._runner = runner
         self._eos = frozenset(eos_token_ids)
+        self._eos_sequences = tuple(eos_sequences)
         self._vocab_size = runner.vocab_size
         self._seed = seed
         self._num_added = 0
@@ -225,7 +228,7 @@ class Engine:
             continuation.cumulative_logprob += one.logprobs[0][1]
         stop = continuation.detokenizer.push([one.token]) if continuation.detokenizer else None
         early = continuation.num_output < params.min_tokens
-        if not early and one.token in self._eos and not params.ignore_eos:
+        if not early and not params.ignore_eos and self._at_eos(continuation):
             self._end(continuation, "stop")
         elif not early and one.token in (params.stop_token_ids or ()):
             self._end(continuation, "stop", one.token)
@@ -233,6 +236,12 @@ class Engine:
             self._end(continuation, "stop", stop)
         elif continuation.num_output >= continuation.max_tokens:
             self._end(continuation, "length")
+
+    def _at_eos(self, continuation: _Continuation) -> bool:
+        tokens, written = continuation.sequence.tokens, continuation.num_output
+        return tokens[-1] in self._eos or any(
+            len(end) <= written and tuple(tokens[-len(end) :]) == end for end in self._eos_sequences
+        )
 
     def _fail(self, state: _RequestState, failed: _Continuation) -> None:
         position = len(failed.sequence.tokens) - 1

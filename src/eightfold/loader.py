@@ -57,7 +57,15 @@ def load_engine(config: EngineConfig, progress: Progress | None = None, ranks: R
     runner = _load_runner(config, folder, model_config, ranks or alone(), progress)
     pool = PagePool(runner.num_pages, runner.page_size, config.enable_prefix_caching)
     scheduler = Scheduler(pool, config.max_num_seqs, config.max_num_batched_tokens)
-    return Engine(runner, scheduler, tokenizer, model_config.eos_token_ids, max_model_len, config.seed)
+    return Engine(
+        runner,
+        scheduler,
+        tokenizer,
+        model_config.eos_token_ids,
+        max_model_len,
+        config.seed,
+        model_config.eos_sequences,
+    )
 
 
 def follow(config: EngineConfig, ranks: Ranks) -> None:
