@@ -17,7 +17,7 @@ BASE_PYTHON = $(shell $(BIN)/python -c 'import sys; print(sys._base_executable)'
 PRELOAD = $(shell $(CXX_FOUND) -print-file-name=libasan.so):$(shell $(CXX_FOUND) -print-file-name=libstdc++.so)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-npu lint format sanitize clean distclean
+.PHONY: help run test test-npu lint format sanitize selftest clean distclean
 
 help:
 	@echo "make run       install, then let the demo model answer: $(QUESTION)"
@@ -26,6 +26,7 @@ help:
 	@echo "make lint      ruff and mypy alone"
 	@echo "make format    let ruff format the code"
 	@echo "make sanitize  the kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make selftest  the kernels without Python; CROSS=aarch64-linux-gnu for another processor, emulated by qemu"
 	@echo "make clean     remove what was built      make distclean  and the virtual environment"
 
 run: $(VENV)/installed
@@ -54,6 +55,15 @@ format: $(VENV)/installed-test
 sanitize: $(SANITIZED)/installed
 	LD_PRELOAD=$(PRELOAD) ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONPATH=$(SANITIZED)/site:$(SITE) $(BASE_PYTHON) -s -m pytest -o pythonpath= -p no:cacheprovider tests/test_ops.py
+
+# Needs cmake; with CROSS also that compiler (Debian: g++-aarch64-linux-gnu) and qemu-user.
+SELFTEST = build/selftest$(addprefix -,$(CROSS))
+PROCESSOR = $(firstword $(subst -, ,$(CROSS)))
+selftest:
+	cmake -S . -B $(SELFTEST) -DEIGHTFOLD_SELFTEST=ON $(if $(CROSS),-DCMAKE_CXX_COMPILER=$(CROSS)-g++ \
+		-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=$(PROCESSOR))
+	cmake --build $(SELFTEST)
+	$(if $(CROSS),qemu-$(PROCESSOR) -L /usr/$(CROSS)) $(SELFTEST)/eightfold_selftest
 
 # Editable, so that only changes to the native code or to the dependencies install anew.
 $(VENV)/installed: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
