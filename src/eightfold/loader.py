@@ -93,6 +93,7 @@ def _load_runner(
     max_model_len = _context(config, model_config)
     if ranks.world.size > 1:
         _compare(ranks.world, model_config, checkpoint, ops)
+        ranks = ranks.on(ops.device)
     mine = replace(model_config, num_kv_heads=shard.kv_heads)
     num_pages = _least(ranks.world, kv_pages(config, mine, max_model_len, kv_dtype, ops, ranks.local_size))
     checkpoint = checkpoint.only(stored_tensors(model_config, shard.experts))

@@ -6,9 +6,11 @@ they talk is in this package's other files; the model, the runner and the backen
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -69,7 +71,8 @@ class Ranks:
     moe_tp.size · moe_ep.size = world.size, and world rank = moe_ep.rank · moe_tp.size + moe_tp.rank.
 
     `exact`: sums over ranks of integer schemes are taken so that their bits are those of one rank, which costs more and
-    larger messages. `local_size` ranks, this one among them, share a machine's memory.
+    larger messages. `local_size` ranks, this one among them, share a machine's memory. `connect` joins the ranks'
+    devices, see `on`.
     """
 
     world: Group
@@ -77,6 +80,15 @@ class Ranks:
     moe_ep: Group
     exact: bool = True
     local_size: int = 1
+    connect: Callable[[torch.device], Ranks] | None = None
+
+    def on(self, device: torch.device) -> Ranks:
+        """The same ranks, whose groups also take tensors on `device`, this rank's own. All ranks must ask together.
+
+        Raises EightfoldError where devices of this kind can't be connected."""
+        if device.type == "cpu" or self.connect is None:
+            return self
+        return replace(self.connect(device), exact=self.exact)
 
 
 def alone() -> Ranks:

@@ -17,15 +17,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
 import eightfold
 from eightfold import _native
 from eightfold.config import EngineConfig
 from eightfold.parallel import Alone, Group, Ranks, alone
 from eightfold.parallel.cores import share, usable
+from eightfold.parallel.device import connect
 from eightfold.parallel.facts import Facts, difference, facts_of
 from eightfold.parallel.links import connect_machines
 from eightfold.parallel.meeting import Meeting
-from eightfold.parallel.place import VISIBLE_DEVICES, Place, visible
+from eightfold.parallel.place import BACKENDS, VISIBLE_DEVICES, Place, visible
 from eightfold.parallel.pulse import Pulse
 from eightfold.parallel.remote import NestedGroup, Network
 from eightfold.parallel.shared import SharedGroup, new_memory, region_bytes
@@ -58,6 +62,7 @@ class Job:
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._segment: _native.Segment | None = None
         self._network: Network | None = None
+        self._hosts: dict[tuple[int, ...], Group | None] = {}  # None for the groups of others
         self._pulse: Pulse | None = None
         if place.size == 1:
             return
@@ -239,11 +244,29 @@ class Job:
         return [*regions, (offset, [])]
 
     def _groups(self) -> Ranks:
-        place, regions = self.place, self._regions()
-        made = {
+        self._hosts = {
             tuple(members): self._group(members, *region)
-            for members, region in zip(self._members(), regions, strict=False)
+            for members, region in zip(self._members(), self._regions(), strict=False)
         }
+        return self._ranks(self._hosts)
+
+    def _connect_devices(self, device: torch.device) -> Ranks:
+        """The job's groups for what is on `device` as well; see `Ranks.on`."""
+        backend = BACKENDS.get(device.type, "")
+        has = torch.tensor([dist.is_backend_available(backend)], dtype=torch.int32)
+        missing = self.place.size - int(self.ranks.world.all_reduce_sum(has))
+        if missing:
+            raise EightfoldError(
+                f"ranks on {device.type}s need a backend of torch.distributed{backend and f', {backend}'}, which "
+                f"{missing} of {self.place.size} ranks do not have"
+            )
+        self.network()
+        made = {members: connect(members, backend, host, device) for members, host in self._hosts.items()}
+        return self._ranks(made)
+
+    def _ranks(self, made: Mapping[tuple[int, ...], Group | None]) -> Ranks:
+        """This rank's of the job's groups, by their world ranks."""
+        place = self.place
         tp = place.rank // place.moe_tp * place.moe_tp
         wanted = (
             tuple(range(place.size)),
@@ -251,7 +274,7 @@ class Job:
             tuple(range(place.rank % place.moe_tp, place.size, place.moe_tp)),
         )
         world, moe_tp, moe_ep = (made[members] or Alone() if len(members) > 1 else Alone() for members in wanted)
-        return Ranks(world, moe_tp, moe_ep, local_size=place.local_size)
+        return Ranks(world, moe_tp, moe_ep, local_size=place.local_size, connect=self._connect_devices)
 
     def _group(self, members: Sequence[int], offset: int, seats: Sequence[int]) -> Group | None:
         """The group of these world ranks, if this one is of them. All ranks must call it, in the same order."""

@@ -9,7 +9,9 @@ from eightfold.config import EngineConfig
 from eightfold.types import EightfoldError
 
 DEFAULT_PORT = 20030  # where several machines must agree and nobody says; on one machine any free port serves
+# By kind of device: the variable that chooses among a machine's, and what torch.distributed calls their connections.
 VISIBLE_DEVICES = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
+BACKENDS = {"npu": "hccl", "cuda": "nccl"}
 
 
 @dataclass(frozen=True, slots=True)

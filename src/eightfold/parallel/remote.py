@@ -25,6 +25,8 @@ _SHARES_FROM = 64 << 10  # bytes: longer sums are shared out among the ranks
 _MESSAGE = 4 << 10  # bytes of a message that go together with its length
 _HEADER = struct.Struct("<q")
 _GET_ADDRESS = 0x8915  # SIOCGIFADDR
+# One tensor gathered into one; torch calls it all_gather_single since 2.13.
+_GATHER: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 Check = Callable[["Exception | None"], None]  # raises when the job is lost; is told what torch.distributed complains of
 
 
@@ -32,10 +34,13 @@ class TorchGroup:
     """Collectives on a process group of torch.distributed; see `eightfold.parallel.Group`.
 
     torch's own all_reduce adds in an order of its backend's choice (gloo's ring starts each part of a message at
-    another rank), which changes with length and number of ranks. So the parts are brought together unadded, all of
-    them or each rank's share, and added in the order of the ranks. `check` raises when the job is lost; it is asked
-    while a collective waits, for on a cut wire gloo hears nothing.
+    another rank), which changes with length and number of ranks. That does not matter to integers. Floats are brought
+    together unadded, all of them or each rank's share, and added in the order of the ranks. `check` raises when the
+    job is lost; it is asked while a collective waits, for on a cut wire gloo hears nothing.
     """
+
+    exact_from = _SHARES_FROM  # bytes of int32 from which torch's own sum takes less time
+    shares = True  # whether long sums of floats are shared out among the ranks
 
     def __init__(self, group: dist.ProcessGroup, check: Check) -> None:
         self.rank, self.size = group.rank(), group.size()
@@ -45,6 +50,10 @@ class TorchGroup:
     def all_reduce_sum(self, x: Tensor) -> Tensor:
         if x.dtype not in SUMS:
             raise EightfoldError(f"a sum over ranks of {x.dtype}; it must be float32 or int32")
+        if x.dtype == torch.int32 and x.nbytes >= self.exact_from:
+            x = x.contiguous()
+            self._wait(lambda: dist.all_reduce(x, group=self._group, async_op=True))
+            return x
         return self._reduce(x, torch.add)
 
     def all_reduce_max(self, x: Tensor) -> Tensor:
@@ -76,20 +85,24 @@ class TorchGroup:
 
     def _reduce(self, x: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         x = x.contiguous()
-        if self.size < 3 or x.numel() * x.element_size() < _SHARES_FROM:
+        if self.size < 3 or x.nbytes < _SHARES_FROM or not self.shares:
             return _in_order(self._parts(x), combine)
         share = -(-x.numel() // self.size)
-        padded = x.new_zeros(self.size, share)
-        padded.view(-1)[: x.numel()] = x.reshape(-1)
-        parts = torch.empty_like(padded)  # [size, share]: this rank's share, of every rank
-        self._wait(lambda: dist.all_to_all_single(parts, padded, group=self._group, async_op=True))
-        return self._parts(_in_order(parts, combine)).view(-1)[: x.numel()].view(x.shape)
+        padded = x.new_zeros(self.size * share)
+        padded[: x.numel()] = x.view(-1)
+        mine = _in_order(self._exchange(padded.view(self.size, share)), combine)  # [share]
+        return self._parts(mine).view(-1)[: x.numel()].view(x.shape)
+
+    def _exchange(self, x: Tensor) -> Tensor:
+        """x [size, n], a row for each rank → [size, n], a row of each rank."""
+        out = torch.empty_like(x)
+        self._wait(lambda: dist.all_to_all_single(out, x, group=self._group, async_op=True))
+        return out
 
     def _parts(self, x: Tensor) -> Tensor:
         """x of every rank, [size, …]."""
         out = x.new_empty(self.size * x.numel())
-        parts = list(out.view(self.size, -1).unbind())
-        self._wait(lambda: dist.all_gather(parts, x.view(-1), self._group, async_op=True))
+        self._wait(lambda: _GATHER(out, x.view(-1), self._group, async_op=True))
         return out.view(self.size, *x.shape)
 
     def _wait(self, start: Callable[[], Any]) -> None:
