@@ -278,8 +278,8 @@ def test_compressed_tensors(tmp_path: Path) -> None:
     gates = [f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(32)]
     assert load(tmp_path, quantization_config=compressed_tensors(ignore=["lm_head", *gates])).scheme == "w8a8"
     for changes, words in (
-        ({"format": "pack-quantized"}, "pack-quantized. is not read; int-quantized and naive-quantized are"),
-        ({"group": {"format": "pack-quantized"}}, "pack-quantized. is not read"),
+        ({"format": "marlin-24"}, "marlin-24. is not read; int-quantized, naive-quantized, pack-quantized are"),
+        ({"group": {"format": "pack-quantized"}}, "is not read.*one of them throughout"),
         ({"config_groups": {}}, "must be one group"),
         ({"ignore": ["re:.*gate"]}, "ignore lacks lm_head"),
         ({"ignore": ["lm_head", *gates[:-1]]}, "lacks model.layers.31.block_sparse_moe.gate"),

@@ -30,36 +30,48 @@ def quantized(rows: int, columns: int, seed: int = 0) -> W8A8Weight:
 
 
 def test_unknown_scheme() -> None:
-    with pytest.raises(EightfoldError, match="quantization scheme 'w3' is not known; there are dense, w8a8, w8a16"):
+    with pytest.raises(
+        EightfoldError, match="quantization scheme 'w3' is not known; there are dense, w8a8, w8a16, w4a16"
+    ):
         get_scheme("w3")
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+KINDS = [name for name in SCHEMES if name != "w4a16"] + ["w4a16-g32", "w4a16-g128", "w4a16-channel"]
+UNITS = {"w4a16-g32": 32, "w4a16-g128": 128, "w4a16-channel": 8}  # matrices have multiples of so many columns
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_stored_parts_are_what_quantize_makes(name: str) -> None:
-    scheme = get_scheme(name)
-    parts, stored = scheme.quantize(random(6, 9, 0)), scheme.stored((6, 9))
+    scheme, columns = get_scheme(name), 9 * UNITS.get(name, 1)
+    parts, stored = scheme.quantize(random(6, columns, 0)), scheme.stored((6, columns))
     assert parts.keys() == {part for part, kind in stored.items() if not kind.optional}
     for part, tensor in parts.items():
         assert tuple(tensor.shape) == stored[part].shapes[0]
         assert tensor.dtype in stored[part].dtypes
     weight = scheme.wrap(parts)
-    assert (weight.scheme, weight.shape) == (name, (6, 9))
-    assert weight.parts["weight"] is parts["weight"]
+    assert (weight.scheme, weight.shape) == (name.partition("-")[0], (6, columns))
+    assert weight.parts[next(iter(parts))] is next(iter(parts.values()))
+    constants = scheme.constants((6, columns))
+    assert constants.keys() <= {part for part, kind in stored.items() if kind.optional}
+    assert scheme.wrap({**parts, **constants}).shape == (6, columns)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", KINDS)
 @given(rows=sizes, columns=sizes, seed=st.integers(0, 99), data=st.data())
 def test_slices_are_views_of_the_same_numbers(
     name: str, rows: int, columns: int, seed: int, data: st.DataObject
 ) -> None:
     scheme = get_scheme(name)
-    weight = scheme.wrap(scheme.quantize(random(rows, columns, seed)))
+    unit = UNITS.get(name, 1)
+    weight = scheme.wrap(scheme.quantize(random(rows, columns * unit, seed)))
     axis = data.draw(st.integers(0, 1))
-    start = data.draw(st.integers(0, weight.shape[axis] - 1))
-    stop = data.draw(st.integers(start + 1, weight.shape[axis]))
+    unit = unit if axis else 1
+    start = unit * data.draw(st.integers(0, weight.shape[axis] // unit - 1))
+    stop = unit * data.draw(st.integers(start // unit + 1, weight.shape[axis] // unit))
     view = weight.slice(axis, start, stop)
     assert torch.equal(view.dequantize(), weight.dequantize().narrow(axis, start, stop - start))
-    assert view.parts["weight"].untyped_storage().data_ptr() == weight.parts["weight"].untyped_storage().data_ptr()
+    for part, tensor in view.parts.items():
+        assert tensor.untyped_storage().data_ptr() == weight.parts[part].untyped_storage().data_ptr()
 
 
 @given(rows=sizes, columns=sizes, seed=st.integers(0, 99), magnitude=magnitudes)

@@ -337,8 +337,8 @@ def test_bad_folders_and_options(demo: Path, made: Path, key: str, tmp_path: Pat
     (tmp_path / "full" / "notes.txt").touch()
     assert "full exists and is not an empty folder; nothing is overwritten" in refused(capsys, demo, tmp_path / "full")
     assert f"is quantized to {SCHEMES[key]} already" in refused(capsys, made, tmp_path / "dst", "--scheme", key)
-    assert "--scheme is 'w4a16'; it must be one of w8a8_dynamic, w8a8, w8a16" in refused(
-        capsys, demo, tmp_path / "dst", "--scheme", "w4a16"
+    assert "--scheme is 'w4a4'; it must be one of w8a8_dynamic, w8a8, w8a16, w4a16" in refused(
+        capsys, demo, tmp_path / "dst", "--scheme", "w4a4"
     )
     assert "--threads is 0" in refused(capsys, demo, tmp_path / "dst", "--threads", 0)
     assert "cannot read the calibration text" in refused(capsys, demo, tmp_path / "dst", "--calibrate", tmp_path / "no")

@@ -33,52 +33,90 @@ DESCRIPTIONS = (
     "quant_model_description.json",
     *(f"quant_model_description_{names.key}.json" for names in _NAMES.values()),
 )
+W4A16_GROUPS = (128, 64, 32)  # inputs that may share a scale; the first is the usual one
+_W4A16_CHANNEL = "w4a16-channel"
 _FLOAT = "FLOAT"
 _KIND = "model_quant_type"
 _READ_FORMATS = ("int-quantized", "naive-quantized")  # both: int8 [out, in] and scales, as they are
+_PACKED_FORMAT = "pack-quantized"  # int4, eight in an int32
 _IGNORED = ("lm_head", r"re:.*\.gate$")
 
 _WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+_PACKED = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False}
 _ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
 
 def quantize_key(scheme: str) -> str:
-    """What config.json's `quantize` and the names of MindIE's weight files call a scheme."""
-    return _NAMES[scheme].key
+    """What config.json's `quantize` and the names of MindIE's weight files call a scheme; its own name, without the
+    group, where MindIE knows none."""
+    return _NAMES[scheme].key if scheme in _NAMES else scheme.partition("-")[0]
 
 
 def schemes_by_key() -> dict[str, str]:
     """Scheme by what users call it: its own name, or config.json's."""
-    return {name: scheme for scheme, names in _NAMES.items() for name in (names.key, scheme)}
+    return {name: scheme for scheme, names in _NAMES.items() for name in (names.key, scheme)} | {"w4a16": "w4a16"}
+
+
+def w4a16_name(group: int | None) -> str:
+    """The full name of int4 weights with groups of so many inputs; None is one group a row."""
+    return _W4A16_CHANNEL if group is None else f"w4a16-g{group}"
+
+
+def w4a16_group(scheme: str) -> int | None:
+    """The group that a w4a16 scheme's name tells, the usual one if it tells none; None is one group a row. Raises
+    EightfoldError if it is no such name."""
+    names: dict[str, int | None] = {w4a16_name(group): group for group in W4A16_GROUPS}
+    names |= {"w4a16": W4A16_GROUPS[0], _W4A16_CHANNEL: None}
+    if scheme not in names:
+        raise EightfoldError(f"quantization scheme {scheme!r} is not known; of int4 there are {', '.join(names)}")
+    return names[scheme]
+
+
+def group_columns(scheme: str, columns: int) -> int:
+    """Where the columns of a matrix with so many may be cut: at multiples of this."""
+    if not scheme.startswith("w4a16"):
+        return 1
+    group = w4a16_group(scheme)
+    return 8 if group in (None, columns) else group or 8
 
 
 def quantization_keys(scheme: str) -> dict[str, Any]:
     """What config.json says of weights in a scheme, to MindIE and to compressed-tensors; nothing if they are dense."""
     if scheme == "dense":
         return {}
+    if scheme.startswith("w4a16"):
+        return {"quantization_config": _block(_PACKED_FORMAT, _packed_weights(w4a16_group(scheme)), None)}
     activations = {**_ACTIVATIONS, "group_size": None} if scheme == "w8a8" else None
+    block = _block(_NAMES[scheme].format, {**_WEIGHTS, "group_size": None}, activations)
+    return {"quantize": _NAMES[scheme].key, "quantization_config": block}
+
+
+def _block(form: str, weights: Mapping[str, Any], activations: Mapping[str, Any] | None) -> dict[str, Any]:
     group = {
         "targets": ["Linear"],
-        "format": _NAMES[
-            scheme
-        ].format,  # without it compressed-tensors expects packed weights where activations are float
-        "weights": {**_WEIGHTS, "group_size": None},
+        "format": form,  # without it compressed-tensors expects packed weights where activations are float
+        "weights": weights,
         "input_activations": activations,
         "output_activations": None,
     }
-    block = {
+    return {
         "quant_method": "compressed-tensors",
-        "format": _NAMES[scheme].format,
+        "format": form,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": list(_IGNORED),
         "kv_cache_scheme": None,
     }
-    return {"quantize": _NAMES[scheme].key, "quantization_config": block}
 
 
-def description(scheme: str, floats: Iterable[str], quantized: Iterable[str]) -> dict[str, Any]:
-    """MindIE's quant_model_description.json for tensors of these names."""
+def _packed_weights(group: int | None) -> dict[str, Any]:
+    return {**_PACKED, "strategy": "group" if group else "channel", "group_size": group, "actorder": None}
+
+
+def description(scheme: str, floats: Iterable[str], quantized: Iterable[str]) -> dict[str, Any] | None:
+    """MindIE's quant_model_description.json for tensors of these names; None where it has no such scheme."""
+    if scheme not in _NAMES:
+        return None
     kind = _NAMES[scheme].kind
     head = {_KIND: kind, "version": "1.0.0", "group_size": 0}
     return {**head, **dict.fromkeys(floats, _FLOAT), **dict.fromkeys(quantized, kind)}
@@ -150,7 +188,8 @@ def _block_scheme(keys: Keys, layers: int, experts: int) -> str | None:
     if method != "compressed-tensors":
         raise EightfoldError(
             f"{keys.file}: quantization method {in_words(method)} is not read here; supported are compressed-tensors "
-            f"int8 (weights per channel, activations per token or float) and MindIE's {', '.join(_keys())}"
+            f"int8 (weights per channel, activations per token or float) and int4 ({_PACKED_FORMAT}), and MindIE's "
+            f"{', '.join(_keys())}"
         )
     return _compressed_tensors_scheme(f"{keys.file}: quantization_config", details, layers, experts)
 
@@ -160,19 +199,25 @@ def _keys() -> list[str]:
 
 
 def _compressed_tensors_scheme(file: str, details: Mapping[str, Any], layers: int, experts: int) -> str:
-    """The scheme, if this is int8 weights per output channel, with dynamic int8 activations per token or float ones."""
+    """The scheme, if this is int8 weights per output channel, with dynamic int8 activations per token or float ones, or
+    packed int4 weights with float activations."""
     groups = details.get("config_groups")
     if not isinstance(groups, dict) or len(groups) != 1:
         raise EightfoldError(f"{file}: config_groups must be one group; mixed schemes are not read")
     group = next(iter(groups.values()))
     if not isinstance(group, dict):
         raise EightfoldError(f"{file}: its group is {in_words(group)}, not an object")
-    for form in (details.get("format"), group.get("format") or details.get("format")):
-        if form not in _READ_FORMATS:
-            raise EightfoldError(f"{file}: format {in_words(form)} is not read; {' and '.join(_READ_FORMATS)} are")
-    _check_numbers(file, "weights", group.get("weights"), _WEIGHTS)
-    activations = group.get("input_activations")
-    if activations is not None:
+    forms = (details.get("format"), group.get("format") or details.get("format"))
+    packed = forms == (_PACKED_FORMAT, _PACKED_FORMAT)
+    for form in forms:
+        if form not in _READ_FORMATS and not packed:
+            known = ", ".join((*_READ_FORMATS, _PACKED_FORMAT))
+            raise EightfoldError(f"{file}: format {in_words(form)} is not read; {known} are, one of them throughout")
+    weights, activations = group.get("weights"), group.get("input_activations")
+    _check_numbers(file, "weights", weights, _PACKED if packed else _WEIGHTS)
+    if packed:
+        refuse_unless_neutral(file, "input_activations", activations)
+    elif activations is not None:
         _check_numbers(file, "input_activations", activations, _ACTIVATIONS)
     if group.get("targets") != ["Linear"]:
         raise EightfoldError(f'{file}: targets are {in_words(group.get("targets"))}; only ["Linear"] is read here')
@@ -183,7 +228,27 @@ def _compressed_tensors_scheme(file: str, details: Mapping[str, Any], layers: in
     if not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense":
         raise EightfoldError(f"{file}: sparsity_config is {in_words(sparsity)}; only dense weights are read here")
     _check_ignored(file, details.get("ignore") or [], layers, experts)
+    if packed and isinstance(weights, dict):
+        return w4a16_name(_group_size(file, weights))
     return "w8a16" if activations is None else "w8a8"
+
+
+def _group_size(file: str, weights: Mapping[str, Any]) -> int | None:
+    """How many inputs share a scale; None if all of a row do."""
+    strategy, group, order = weights.get("strategy"), weights.get("group_size"), weights.get("actorder")
+    if order not in (None, False, "weight", "static"):  # these order the search for the numbers, not the numbers
+        raise EightfoldError(
+            f"{file}: weights.actorder is {in_words(order)}; only groups of neighbouring inputs are read (null, weight)"
+        )
+    if strategy == "channel" and group in (None, -1):
+        return None
+    if strategy != "group" or group not in W4A16_GROUPS:
+        known = ", ".join(map(str, W4A16_GROUPS))
+        raise EightfoldError(
+            f"{file}: weights.strategy is {in_words(strategy)} and group_size {in_words(group)}; read here are the "
+            f"strategy group with a size of {known}, and channel without one"
+        )
+    return int(group)
 
 
 def _check_numbers(file: str, part: str, found: object, rules: Mapping[str, object]) -> None:

@@ -68,7 +68,7 @@ def random_checkpoint(
     config = replace(
         config,
         num_layers=config.num_layers if layers is None else layers,
-        scheme=scheme,
+        scheme=get_scheme(scheme).name,
         torch_dtype=str(dtype).removeprefix("torch."),
     )
     if config.num_layers < 1:
@@ -111,6 +111,8 @@ class _Maker:
                 continue
             for part, tensor in self._pool(shape[1], scheme).items():
                 specs[f"{name}.{part}"] = TensorSpec(tensor.dtype, (shape[0], *tensor.shape[1:]))
+            for part, tensor in scheme.constants((shape[0], shape[1])).items():
+                specs[f"{name}.{part}"] = TensorSpec(tensor.dtype, tuple(tensor.shape))
         return specs
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -119,9 +121,11 @@ class _Maker:
                 yield f"{name}.weight", torch.ones(shape, dtype=self._dtype)
                 continue
             pool = self._pool(shape[1], scheme)
-            rows = torch.randint(len(pool["weight"]), (shape[0],), generator=self._generator)
+            rows = torch.randint(len(next(iter(pool.values()))), (shape[0],), generator=self._generator)
             for part, tensor in pool.items():
                 yield f"{name}.{part}", tensor[rows]
+            for part, tensor in scheme.constants((shape[0], shape[1])).items():
+                yield f"{name}.{part}", tensor
 
     def _pool(self, width: int, scheme: Scheme) -> dict[str, Tensor]:
         """Stored parts of a matrix [rows, width]; every scheme keeps what belongs to a row in that row of its parts."""

@@ -6,11 +6,13 @@ are more ranks than KV heads, neighbours hold the same one. Experts are shared o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from eightfold.config import ModelConfig
 from eightfold.parallel import Ranks
+from eightfold.quant_config import group_columns
 from eightfold.types import EightfoldError
 
 Range = tuple[int, int]  # first, and one past the last
@@ -49,7 +51,10 @@ def shard_of(config: ModelConfig, ranks: Ranks) -> Shard:
     rows = -(-config.vocab_size // world.size)
     first_row = min(world.rank * rows, config.vocab_size - rows)
     dim = config.head_dim
-    unit = WIDTH_UNIT if config.intermediate_size >= WIDTH_UNIT * tp.size else 1
+    group = group_columns(config.scheme, config.intermediate_size)
+    unit = math.lcm(WIDTH_UNIT, group)
+    if config.intermediate_size < unit * tp.size:
+        unit = group
     ranges = {
         "heads": (world.rank * heads * dim, (world.rank + 1) * heads * dim),
         "kv_heads": (first_kv_head * dim, (first_kv_head + kv_heads) * dim),
@@ -82,8 +87,19 @@ def _check(config: ModelConfig, world: int, tp: int, ep: int) -> None:
             f"{world} ranks cannot share {config.num_heads} heads and {config.num_kv_heads} KV heads evenly; "
             f"{', '.join(map(str, sizes))} can"
         )
+    group = group_columns(config.scheme, config.intermediate_size)
+    columns = config.num_heads * config.head_dim
+    if columns // world % group_columns(config.scheme, columns):
+        raise EightfoldError(
+            f"{world} ranks cannot share the {columns} columns of o_proj, which {config.scheme} keeps in groups of "
+            f"{group_columns(config.scheme, columns)}; fewer ranks can, or smaller groups"
+        )
     for ranks, size, what in (
-        (tp, config.intermediate_size, "columns of an expert"),
+        (
+            tp,
+            -(-config.intermediate_size // group),
+            f"groups of {group} columns" if group > 1 else "columns of an expert",
+        ),
         (ep, config.num_experts, "experts"),
         (world, config.vocab_size, "tokens of the vocabulary"),
     ):

@@ -13,6 +13,7 @@ from eightfold.loader import kv_bytes_per_token
 from eightfold.model import axis_sizes, weight_table
 from eightfold.quant import SCHEMES, get_scheme
 from eightfold.sharding import world_sizes
+from eightfold.types import EightfoldError
 
 RESERVE = 1 << 30  # for the system, the program and the activations of a step
 
@@ -34,6 +35,18 @@ FORMATS = (
     Format("fp16", "dense", torch.float16),
     *(Format(name, name, torch.bfloat16) for name in SCHEMES if name != "dense"),
 )
+
+
+def formats_of(config: ModelConfig) -> list[Format]:
+    """Those of FORMATS that can hold the model: groups of int4 weights must divide its sizes."""
+
+    def fits(form: Format) -> bool:
+        try:
+            return weight_bytes(config, form) > 0
+        except EightfoldError:
+            return False
+
+    return [form for form in FORMATS if fits(form)]
 
 
 def parameters(config: ModelConfig) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import torch
 
 from eightfold.checkpoint import Checkpoint
 from eightfold.commands import footprint
-from eightfold.commands.footprint import FORMATS, Format
+from eightfold.commands.footprint import Format, formats_of
 from eightfold.config import ModelConfig, load_model_config
 from eightfold.hub import resolve
 from eightfold.loader import DTYPES, kv_cache_dtype
@@ -63,7 +63,7 @@ def gather(args: argparse.Namespace, folder: Path, config: ModelConfig) -> dict[
         "active_parameters": active,
         "stored": stored,
         "machine": {"memory": usable, "free": available_memory(), "cores": usable_cores()},
-        "formats": [_needs(config, _with_kv(form, args.kv_cache_dtype), usable, dtype) for form in FORMATS],
+        "formats": [_needs(config, _with_kv(form, args.kv_cache_dtype), usable, dtype) for form in formats_of(config)],
         "backend": {
             "device": args.device,
             "dtype": _name(dtype),

@@ -126,7 +126,7 @@ def add_make_random(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layers", type=int, metavar="N", help="how many layers (default: the shape's own)")
     parser.add_argument("--dtype", default="bfloat16", help="float32, bfloat16 or float16 (default: bfloat16)")
-    parser.add_argument("--scheme", default="dense", help="quantization: dense, w8a8 or w8a16 (default: dense)")
+    parser.add_argument("--scheme", default="dense", help="quantization: dense, w8a8, w8a16 or w4a16 (default: dense)")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
 
 
@@ -170,8 +170,10 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scheme",
         default="w8a8_dynamic",
-        help="w8a8_dynamic (w8a8), int8 weights and activations, or w8a16, int8 weights only (default: %(default)s)",
+        help="w8a8_dynamic (w8a8), int8 weights and activations; w8a16, int8 weights only; or w4a16, int4 weights, "
+        "scaled by groups (default: %(default)s)",
     )
+    parser.add_argument("--group-size", metavar="N", help="w4a16: 128 (default), 64, 32, or channel: one scale a row")
     parser.add_argument(
         "--max-shard-size", type=size, default="4GB", metavar="SIZE", help="the largest file (default: %(default)s)"
     )

@@ -23,7 +23,9 @@ class _Terminated(BaseException):
 
 
 def main(args: argparse.Namespace) -> int:
-    config = QuantizeConfig(args.scheme, args.max_shard_size, args.threads, args.allow_pickle, *_calibration(args))
+    config = QuantizeConfig(
+        args.scheme, args.group_size, args.max_shard_size, args.threads, args.allow_pickle, *_calibration(args)
+    )
     dst = Path(args.destination)
     try:
         with (

@@ -41,7 +41,7 @@ class Weight(Protocol):
 
     @property
     def parts(self) -> Mapping[str, Tensor]:
-        """The stored tensors by name; "weight" is one of them."""
+        """The stored tensors by the last part of their names: "weight" and what belongs to it, as the scheme has it."""
 
     def matmul(self, x: Tensor) -> Tensor:
         """x [T, in], in the compute dtype or fp32 → x · weightᵀ [T, out] fp32. The scheme's definition."""

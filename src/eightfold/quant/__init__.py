@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eightfold.types import EightfoldError
 
-SCHEMES = ("dense", "w8a8", "w8a16")
+SCHEMES = ("dense", "w8a8", "w8a16", "w4a16")
 
 
 class Part(NamedTuple):
@@ -60,11 +60,17 @@ class Scheme(Protocol):
         """A Weight over stored tensors of the right shapes, not copied. Raises EightfoldError on bad values."""
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        """A float matrix [out, in] → the tensors to store."""
+        """A float matrix [out, in] → the tensors to store, each with a row for a row."""
+
+    def constants(self, shape: tuple[int, int]) -> dict[str, Tensor]:
+        """What is stored beside them, and depends on the shape alone."""
 
 
 def get_scheme(name: str) -> Scheme:
-    """The scheme called `name`; raises EightfoldError with those that exist."""
+    """The scheme called `name` ("w4a16-g64" says its group); raises EightfoldError with those that exist."""
+    if name.startswith("w4a16"):
+        packed: Scheme = import_module("eightfold.quant.w4a16").scheme(name)
+        return packed
     if name not in SCHEMES:
         raise EightfoldError(f"quantization scheme {name!r} is not known; there are {', '.join(SCHEMES)}")
     scheme: Scheme = import_module(f"eightfold.quant.{name}").SCHEME

@@ -60,5 +60,8 @@ class DenseScheme:
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         return {"weight": weight}
 
+    def constants(self, shape: tuple[int, int]) -> dict[str, Tensor]:
+        return {}
+
 
 SCHEME = DenseScheme()

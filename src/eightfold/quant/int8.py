@@ -104,6 +104,9 @@ class Int8Scheme(Generic[W]):
             scales[start : start + rows] = torch.where(absmax == 0, 0.0, scale)
         return {"weight": quantized, "weight_scale": scales}
 
+    def constants(self, shape: tuple[int, int]) -> dict[str, Tensor]:
+        return {}
+
 
 def _refuse(bad: Tensor, values: Tensor, name: str, right: str) -> None:
     if bool(bad.any()):

@@ -24,8 +24,8 @@ from eightfold.checkpoint import Checkpoint
 from eightfold.config import load_model_config
 from eightfold.machine import usable_cores
 from eightfold.model import stored_tensors
-from eightfold.quant import Scheme
-from eightfold.quant_config import schemes_by_key
+from eightfold.quant import Scheme, get_scheme
+from eightfold.quant_config import W4A16_GROUPS, schemes_by_key, w4a16_name
 from eightfold.quantize.folder import PartialFolder, check_room, fingerprint, has_file, side_files, write_side_files
 from eightfold.quantize.plan import File, Plan
 from eightfold.quantize.rounding import round_rows
@@ -44,12 +44,14 @@ _AHEAD = 4  # blocks a thread may have waiting
 
 @dataclass(frozen=True, slots=True)
 class QuantizeConfig:
-    """Options of a run. `scheme` is a scheme's name or what config.json calls it; `threads` None takes all cores.
+    """Options of a run. `scheme` is a scheme's name or what config.json calls it; `group_size` is w4a16's: a number,
+    "channel", or None for the usual one. `threads` None takes all cores.
 
     `calibrate` is a text whose first `calibration_tokens` tokens smoothing is fitted to; None is no smoothing.
     """
 
     scheme: str = "w8a8_dynamic"
+    group_size: str | None = None
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     threads: int | None = None
     allow_pickle: bool = False
@@ -87,6 +89,7 @@ def quantize(
     source = Source(src, config.allow_pickle)
     if source.config.scheme == scheme:
         raise EightfoldError(f"{src} is quantized to {scheme} already")
+    _check_pair(source, scheme)
     plan = Plan(source, scheme, config.max_shard_bytes)
     ids = _calibration_ids(src, config)
     options = {"scheme": scheme, "max_shard_bytes": config.max_shard_bytes, "calibration": _digest(ids)}
@@ -119,6 +122,8 @@ def check_options(src: Path, dst: Path, config: QuantizeConfig) -> str:
         raise EightfoldError(f"--scheme is {config.scheme!r}; it must be one of {', '.join(names)}")
     if config.calibrate is not None and names[config.scheme] != "w8a8":
         raise EightfoldError(f"--calibrate smooths inputs that are rounded; those of {config.scheme} stay floats")
+    if config.group_size is not None and names[config.scheme] != "w4a16":
+        raise EightfoldError(f"--group-size is of w4a16; {config.scheme} has a scale a row")
     if config.max_shard_bytes < 1:
         raise EightfoldError(f"--max-shard-size is {config.max_shard_bytes}; it must be at least 1 byte")
     if config.threads is not None and config.threads < 1:
@@ -127,7 +132,31 @@ def check_options(src: Path, dst: Path, config: QuantizeConfig) -> str:
         raise EightfoldError(f"source and destination are the same folder, {src}; give another destination")
     if not dst.name or dst.name == "..":
         raise EightfoldError(f"{dst} is no name for a new folder")
-    return names[config.scheme]
+    return _grouped(config) if names[config.scheme] == "w4a16" else names[config.scheme]
+
+
+def _grouped(config: QuantizeConfig) -> str:
+    """The full name of w4a16 with the group that was asked for."""
+    names = {str(group): w4a16_name(group) for group in W4A16_GROUPS} | {"channel": w4a16_name(None)}
+    wanted = config.group_size or str(W4A16_GROUPS[0])
+    if wanted not in names:
+        raise EightfoldError(f"--group-size is {wanted!r}; it must be one of {', '.join(names)}")
+    return names[wanted]
+
+
+def _check_pair(source: Source, scheme: str) -> None:
+    """Raises EightfoldError where weights of the source can't become those of a scheme."""
+    have, floats = source.config.scheme, ("dense",)
+    int8 = ("w8a8", "w8a16")
+    if have not in floats and not (have in int8 and scheme in int8):
+        raise EightfoldError(f"{source.folder} is quantized ({have}); {scheme} must be made of float weights")
+    for name, spec in source.table.items():
+        if spec.quantizable:
+            rows, columns = source.shape(name)
+            try:
+                get_scheme(scheme).stored((rows, columns))
+            except EightfoldError as error:
+                raise EightfoldError(f"{name}: {error} (--group-size)") from None
 
 
 def _calibration_ids(src: Path, config: QuantizeConfig) -> list[int]:
@@ -267,7 +296,12 @@ def _write_rows(source: Source, scheme: Scheme, writer: SafetensorsWriter, name:
         parts = dict(scheme.wrap({"weight": rows, "weight_scale": scale}).parts)
     for part, tensor in parts.items():
         writer.write_rows(f"{name}.{part}", start, tensor)
-    return sum(tensor.nbytes for tensor in parts.values())
+    written = sum(tensor.nbytes for tensor in parts.values())
+    if start == 0 and rows.ndim == 2:
+        for part, tensor in scheme.constants((source.shape(name)[0], rows.shape[1])).items():
+            writer.write(f"{name}.{part}", tensor)
+            written += tensor.nbytes
+    return written
 
 
 def _write_zeros(writer: SafetensorsWriter, name: str, spec: TensorSpec) -> int:

@@ -204,6 +204,8 @@ def write_side_files(source: Source, plan: Plan, folder: Path, copied: Iterable[
         (DESCRIPTIONS[0], description(plan.scheme, floats, quantized)),
         ("config.json", new_config(source, plan.scheme)),
     ):
+        if content is None:
+            continue
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -2,7 +2,8 @@
 
 MindIE wants a `weight_offset` beside each scale, and reads every file of the folder. vLLM refuses tensors that it does
 not know, and reads the files that model.safetensors.index.json names, as transformers does. So the offsets, all
-zeros, lie in a last file of their own, which that index leaves out.
+zeros, lie in a last file of their own, which that index leaves out. A scheme without offsets, which MindIE does not
+read either, has no such file.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class Plan:
                 filled = 0
             groups[-1][name] = specs
             filled += size
-        stem, count = f"quant_model_weight_{quantize_key(scheme)}", len(groups) + 1
+        # Without offsets there is nothing for MindIE, and files are named as everybody's.
+        stem = f"quant_model_weight_{quantize_key(scheme)}" if offsets else "model"
+        count = len(groups) + bool(offsets)
         self._stem = stem
         self.files = [
             File(
@@ -65,7 +68,8 @@ class Plan:
             )
             for number, group in enumerate(groups, 1)
         ]
-        self.files.append(File(f"{stem}-{count:05}-of-{count:05}.safetensors", (), offsets))
+        if offsets:
+            self.files.append(File(f"{stem}-{count:05}-of-{count:05}.safetensors", (), offsets))
 
     def scheme_of(self, name: str) -> Scheme:
         """What a weight is stored in."""
@@ -91,11 +95,12 @@ class Plan:
         return [x for x in full if x not in self._quantized], [x for x in full if x in self._quantized]
 
     def write_indexes(self, folder: Path) -> None:
-        """MindIE's index of all files, and the one for readers that must not see the offsets."""
-        for path, files in (
-            (folder / f"{self._stem}.safetensors.index.json", self.files),
-            (folder / HUGGING_FACE_INDEX, self.files[:-1]),
-        ):
+        """MindIE's index of all files, and the one for readers that must not see the offsets; only that where there are
+        none."""
+        indexes = [(folder / HUGGING_FACE_INDEX, [file for file in self.files if file.weights])]
+        if len(indexes[0][1]) < len(self.files):
+            indexes.append((folder / f"{self._stem}.safetensors.index.json", self.files))
+        for path, files in indexes:
             weight_map = {name: file.name for file in files for name in file.specs}
             index = {
                 "metadata": {"total_size": sum(file.nbytes for file in files)},
