@@ -242,7 +242,7 @@ def _random(*shape: int) -> Tensor:
 
 
 def _matrix(rows: int, columns: int, scheme: str, dtype: torch.dtype) -> Weight:
-    kind = get_scheme(scheme)
+    kind = get_scheme("w4a16-g64" if scheme == "w4a16" else scheme)  # the widths here are multiples of 64
     return kind.wrap(kind.quantize((_random(rows, columns) / math.sqrt(columns)).to(dtype)))
 
 
