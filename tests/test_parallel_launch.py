@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -14,11 +15,13 @@ from typing import Any
 
 import pytest
 
-from eightfold import LLM, SamplingParams
+from eightfold import LLM, SamplingParams, cli
 from eightfold.config import EngineConfig
+from eightfold.parallel import place
 from eightfold.parallel.facts import difference, facts_of
 from eightfold.parallel.place import Place, find_place
 from eightfold.types import EightfoldError
+from eightfold.worker import follow_as_told
 
 COMMAND = [sys.executable, "-m", "eightfold"]
 LONG = ["run", "demo", "Tell me", "--no-chat", "--ignore-eos", "--max-tokens", "4000", "--threads", "1"]
@@ -67,11 +70,28 @@ def test_places() -> None:
             "4 ranks on this machine but ASCEND_RT_VISIBLE_DEVICES='0,1' names 2 devices",
         ),
         ({"tensor_parallel_size": 2, "device": "cuda"}, {"CUDA_VISIBLE_DEVICES": "3"}, "names 1 devices"),
+        (
+            {"tensor_parallel_size": 2, "device": "npu:1"},
+            {},
+            "--device npu:1 is one device, but each of the 2 ranks .* write npu, and choose with ASCEND_RT_VISIBLE_DEV",
+        ),
     ],
 )
 def test_contradictions_are_named(options: dict[str, Any], environ: dict[str, str], message: str) -> None:
     with pytest.raises(EightfoldError, match=message):
         place_of(environ, **options)
+
+
+def test_devices_are_counted_where_the_driver_shows_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(place, "DEVICE_FILES", tmp_path)
+    assert place_of(tensor_parallel_size=8, device="npu").size == 8  # nothing to count: the backend will tell
+    for name in ("davinci0", "davinci1", "davinci_manager", "nvidia0"):
+        (tmp_path / name).touch()
+    assert place_of(tensor_parallel_size=2, device="npu").size == 2
+    with pytest.raises(EightfoldError, match="4 ranks on this machine but it has 2 devices"):
+        place_of(tensor_parallel_size=4, device="npu")
+    chosen = place_of({"ASCEND_RT_VISIBLE_DEVICES": "0,1,2,3"}, tensor_parallel_size=4, device="npu")
+    assert chosen.size == 4  # a container may show its driver's files otherwise: what the user says counts
 
 
 def test_what_differs_between_ranks_is_named() -> None:
@@ -185,11 +205,45 @@ def test_ranks_that_differ_end_at_the_start() -> None:
     assert errors[0] == "eightfold: error: rank 1 was started with --block-size 8 where rank 0 has 16\n"
 
 
-def test_a_model_that_ranks_cannot_share_is_refused_once() -> None:
-    process = start("run", "demo", "x", "--tensor-parallel-size", "3")
-    errors = ends(process)
-    assert process.returncode == 2
-    assert errors.count("3 ranks cannot share") == 1
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tensor-parallel-size", "3"], "3 ranks cannot share"),
+        (["--tensor-parallel-size", "8", "--enable-expert-parallel", "--load-mode", "copy"], "--load-mode copy would"),
+        (["--tensor-parallel-size", "2", "--max-model-len", "9999999"], "--max-model-len is 9999999"),
+    ],
+)
+def test_what_ranks_cannot_do_is_refused_before_any_starts(
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start_one(*_: object, **__: object) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess, "Popen", start_one)
+    assert cli.main(["run", "demo", "x", *options]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("eightfold: error: " + message)
+    assert errors.count("\n") == 1
+
+
+def test_under_torchrun_one_rank_says_what_all_refuse(capsys: pytest.CaptureFixture[str]) -> None:
+    """No rank waits for another: each knows by itself."""
+    before, level = signal.getsignal(signal.SIGINT), logging.getLogger("eightfold").level
+    environ = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    said = []
+    try:
+        for rank in ("0", "1", "2"):
+            with pytest.MonkeyPatch.context() as patch:
+                for name, value in {**environ, "RANK": rank, "LOCAL_RANK": rank}.items():
+                    patch.setenv(name, value)
+                code = cli.main(["run", "demo", "x"]) if rank == "0" else follow_as_told({"model": "demo"})
+            assert code == (2 if rank == "0" else 1)
+            said.append(capsys.readouterr().err)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        logging.getLogger("eightfold").setLevel(level)
+    assert said[0].startswith("eightfold: error: 3 ranks cannot share 8 heads")
+    assert said[1:] == ["", ""]
 
 
 def test_from_python_without_a_main_guard(tmp_path: Path) -> None:

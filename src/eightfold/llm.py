@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from eightfold.config import EngineConfig
-from eightfold.loader import load_engine
+from eightfold.loader import check_place, load_engine
 from eightfold.parallel.place import find_place
 from eightfold.tokenizer import Tokenizer
 from eightfold.types import EightfoldError, Progress, Request, RequestOutput, RequestOutputKind, SamplingParams
@@ -83,6 +83,7 @@ class LLM:
         self.world_size = place.size  # ranks, this one among them
         ranks = None
         if place.size > 1:
+            check_place(config, place)
             from eightfold.parallel.launch import Job  # brings torch.distributed with it
 
             self._job = job = Job(config, place, os.environ)

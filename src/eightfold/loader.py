@@ -23,9 +23,10 @@ from eightfold.machine import available_memory
 from eightfold.model import Mixtral, stored_tensors
 from eightfold.ops import Ops, get_ops
 from eightfold.parallel import Group, Ranks, alone
+from eightfold.parallel.place import Place
 from eightfold.runner import Runner
 from eightfold.scheduler import Scheduler
-from eightfold.sharding import shard_of
+from eightfold.sharding import check_sizes, shard_of
 from eightfold.tokenizer import Tokenizer
 from eightfold.types import EightfoldError, Progress
 
@@ -66,6 +67,18 @@ def load_engine(config: EngineConfig, progress: Progress | None = None, ranks: R
         config.seed,
         model_config.eos_sequences,
     )
+
+
+def check_place(config: EngineConfig, place: Place) -> None:
+    """What can be told from the options and the model's config before any rank is started.
+
+    Raises EightfoldError if an option won't do, or `place.size` ranks can't share the model.
+    """
+    check_options(config)
+    model_config = load_model_config(resolve(config.model))
+    check_sizes(model_config, place.size, place.moe_tp, place.moe_ep)
+    _context(config, model_config)
+    _check_copies(config, place.local_size)
 
 
 def follow(config: EngineConfig, ranks: Ranks) -> None:
@@ -146,10 +159,7 @@ def _into_memory(
     local_size: int,
 ) -> Checkpoint:
     """The checkpoint's bytes brought into memory as `--load-mode` says, as far as they fit."""
-    if config.load_mode == "copy" and local_size > 1:
-        raise EightfoldError(
-            f"--load-mode copy would copy the weights {local_size} times: use mmap or lock, which all ranks share"
-        )
+    _check_copies(config, local_size)
     need, free = checkpoint.total_bytes, available_memory()
     if need <= free:
         if config.load_mode == "mmap":
@@ -161,6 +171,13 @@ def _into_memory(
         raise EightfoldError(f"{sizes}, too little for --load-mode {config.load_mode}: use mmap, which reads from disk")
     LOG.warning("%s: what doesn't stay in memory is read from disk again at each use", sizes)
     return checkpoint
+
+
+def _check_copies(config: EngineConfig, local_size: int) -> None:
+    if config.load_mode == "copy" and local_size > 1:
+        raise EightfoldError(
+            f"--load-mode copy would copy the weights {local_size} times: use mmap or lock, which all ranks share"
+        )
 
 
 def load_tokenizer(config: EngineConfig, folder: Path, model_config: ModelConfig) -> Tokenizer:

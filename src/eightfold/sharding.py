@@ -44,7 +44,7 @@ def shard_of(config: ModelConfig, ranks: Ranks) -> Shard:
             f"ranks do not fit together: {tp.size} that share an expert's width times {ep.size} that share the experts "
             f"must be {world.size}, all of them"
         )
-    _check(config, world.size, tp.size, ep.size)
+    check_sizes(config, world.size, tp.size, ep.size)
     heads = config.num_heads // world.size
     kv_heads = max(1, config.num_kv_heads // world.size)
     first_kv_head = world.rank * config.num_kv_heads // world.size
@@ -80,7 +80,8 @@ def world_sizes(config: ModelConfig) -> list[int]:
     return [n for n in range(1, heads + 1) if not heads % n and (not kv % n or not n % kv)]
 
 
-def _check(config: ModelConfig, world: int, tp: int, ep: int) -> None:
+def check_sizes(config: ModelConfig, world: int, tp: int, ep: int) -> None:
+    """Raises EightfoldError, with the sizes that would do, where `world` = tp · ep ranks can't share the model."""
     sizes = world_sizes(config)
     if world not in sizes:
         raise EightfoldError(

@@ -56,7 +56,7 @@ def follow_as_told(options: Mapping[str, Any]) -> int:
     place = find_place(config, os.environ)
     if place.torchrun:
         os.environ.update(device_of(place, config.device, os.environ))
-    return _follow(config, place, follow_model, speaks=place.local_rank == 0)
+    return _follow(config, place, follow_model, speaks=place.local_rank == 0, check=True)
 
 
 def follow_model(job: Job) -> None:
@@ -66,13 +66,20 @@ def follow_model(job: Job) -> None:
     follow(job.config, job.ranks)
 
 
-def _follow(config: EngineConfig, place: Place, follow: Callable[[Job], None], speaks: bool) -> int:
-    """Be a rank until the job ends. Only one that `speaks` prints why it failed: the others' words go through it."""
+def _follow(
+    config: EngineConfig, place: Place, follow: Callable[[Job], None], speaks: bool, check: bool = False
+) -> int:
+    """Be a rank until the job ends. Only one that `speaks` prints why it failed: the others' words go through it.
+    `check` is for a rank whose rank 0 may see an error of its own before anyone could hear of it."""
     from eightfold.parallel.launch import Job, follow_job
 
     logging.getLogger("eightfold").setLevel(logging.ERROR)  # what is worth a warning, rank 0 says
     warnings.simplefilter("ignore")
     try:
+        if check:
+            from eightfold.loader import check_place
+
+            check_place(config, place)
         return follow_job(Job(config, place, os.environ), follow)
     except EightfoldError as error:
         if speaks:

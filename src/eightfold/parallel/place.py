@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from eightfold.config import EngineConfig
 from eightfold.types import EightfoldError
 
 DEFAULT_PORT = 20030  # where several machines must agree and nobody says; on one machine any free port serves
-# By kind of device: the variable that chooses among a machine's, and what torch.distributed calls their connections.
+# By kind of device: the variable that chooses among a machine's, how their drivers show them, and what
+# torch.distributed calls their connections.
 VISIBLE_DEVICES = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
+DEVICE_FILES = Path("/dev")
+FILES_OF = {"npu": "davinci[0-9]*", "cuda": "nvidia[0-9]*"}
 BACKENDS = {"npu": "hccl", "cuda": "nccl"}
 
 
@@ -119,15 +123,27 @@ def _experts(config: EngineConfig, size: int) -> tuple[int, int]:
 
 
 def _check_devices(device: str, local_size: int, environ: Mapping[str, str]) -> None:
-    variable = VISIBLE_DEVICES.get(device)
-    if variable is None or variable not in environ:
+    kind, _, number = device.partition(":")
+    variable = VISIBLE_DEVICES.get(kind)
+    if variable is None:
         return
-    count = len(visible(environ[variable]))
+    if number:
+        if local_size > 1:
+            raise EightfoldError(
+                f"--device {device} is one device, but each of the {local_size} ranks on this machine needs its own: "
+                f"write {kind}, and choose with {variable}"
+            )
+        return
+    if variable in environ:
+        count = len(visible(environ[variable]))
+        found = f"{variable}={environ[variable]!r} names {count} devices"
+    else:
+        count = len(list(DEVICE_FILES.glob(FILES_OF[kind])))
+        if not count:
+            return  # not how this driver shows them; the backend will say what it finds
+        found = f"it has {count} devices ({DEVICE_FILES / FILES_OF[kind]})"
     if count < local_size:
-        raise EightfoldError(
-            f"{local_size} ranks on this machine but {variable}={environ[variable]!r} names {count} devices: a rank "
-            "needs one of its own"
-        )
+        raise EightfoldError(f"{local_size} ranks on this machine but {found}: a rank needs one of its own")
 
 
 def visible(devices: str) -> list[str]:
