@@ -147,6 +147,10 @@ void bind_shared(nb::module_& m) {
       .def("fail", &Segment::fail)
       .def("end", &Segment::end)
       .def("ended", &Segment::ended)
+      .def("begin_step", &Segment::begin_step)
+      .def("end_step", &Segment::end_step)
+      .def("advance", &Segment::advance)
+      .def("still", &Segment::still)
       .def("failure", &Segment::failure);
   nb::class_<SharedGroup>(m, "SharedGroup", "Collectives of some ranks of a segment.")
       .def(nb::init<Segment&, size_t, std::vector<int>, int>(), nb::keep_alive<1, 2>())

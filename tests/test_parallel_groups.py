@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from eightfold import _native
+from eightfold.ops import get_ops
 from eightfold.parallel.cores import cpu_list, share
 from eightfold.parallel.shared import SharedGroup, new_memory, region_bytes
 from eightfold.types import EightfoldError, RankError
@@ -131,6 +135,81 @@ def test_the_end_frees_followers_without_a_failure() -> None:
     assert isinstance(follower, RankError)  # what this test raises for a lost job
     assert threads.segments[1].ended()
     assert threads.segments[1].failure()[0] == 0
+
+
+@pytest.fixture
+def segment() -> Iterator[_native.Segment]:
+    fd = new_memory(_native.Segment.region_start())
+    yield _native.Segment(fd, 0, 1, 8.0, 0, False)
+    os.close(fd)
+
+
+STUCK = 5  # Segment::Failure
+
+
+def test_a_step_in_which_nothing_moves_is_a_failure(segment: _native.Segment) -> None:
+    segment.begin_step(0.3)
+    segment.end_step()
+    time.sleep(0.6)  # between steps nothing needs to move
+    assert (segment.failure()[0], segment.still()) == (0, 0.0)
+    segment.begin_step(1.4)
+    time.sleep(0.7)
+    assert 0.2 < segment.still() < 1.4
+    time.sleep(1.3)
+    kind, seat, process, seconds = segment.failure()
+    assert (kind, seat, process, seconds) == (STUCK, 0, os.getpid(), "1")
+
+
+@pytest.mark.parametrize("how", ["items of a kernel", "signs of its own", "a collective"])
+def test_a_step_that_gets_on_may_take_long(segment: _native.Segment, how: str) -> None:
+    ops = get_ops("cpu", torch.float32, threads=1)
+    x, weight = torch.ones(8, 16), torch.ones(16)
+    threads = Threads(2, [range(2)])
+    if how == "a collective":  # the other rank is late
+        segment = threads.segments[0]
+        waiting = threading.Thread(
+            target=lambda: threads.run(lambda rank: None if rank else threads.group(0, 0).all_reduce_sum(torch.ones(1)))
+        )
+        waiting.start()
+    segment.begin_step(0.4)
+    until = time.monotonic() + 1.2
+    while time.monotonic() < until:
+        if how == "items of a kernel":
+            ops.rms_norm(x, weight, 1e-5)
+        elif how == "signs of its own":
+            segment.advance()
+        time.sleep(0.02)
+    assert segment.failure()[0] == 0
+    if how == "a collective":
+        threads.segments[1].end()
+        waiting.join()
+
+
+def test_a_thread_that_waits_for_the_disk_is_not_stuck(segment: _native.Segment, tmp_path: Path) -> None:
+    """Another wait that no signal ends stands for it: that of who starts a process, until the new one has begun. The
+    new one opens a pipe first, which nobody writes into yet."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    libc = ctypes.CDLL(None)
+    actions = ctypes.create_string_buffer(1024)
+    libc.posix_spawn_file_actions_init(actions)
+    libc.posix_spawn_file_actions_addopen(actions, 0, os.fsencode(pipe), os.O_RDONLY, 0)
+    pid, words = ctypes.c_int(), (ctypes.c_char_p * 2)(b"true", None)
+    program = shutil.which("true")
+    assert program is not None
+    waiting = threading.Thread(
+        target=lambda: libc.posix_spawn(ctypes.byref(pid), program.encode(), actions, None, words, None)
+    )
+    waiting.start()
+    segment.begin_step(0.4)
+    time.sleep(1.5)
+    before = segment.failure()[0]
+    os.close(os.open(pipe, os.O_WRONLY))
+    waiting.join()
+    os.waitpid(pid.value, 0)
+    assert before == 0
+    time.sleep(1.0)
+    assert segment.failure()[0] == STUCK
 
 
 def test_native_groups_check_what_they_are_given() -> None:

@@ -165,6 +165,35 @@ def test_a_stopped_rank_ends_the_job_and_is_named(running: tuple[subprocess.Pope
     assert f"rank 1 (process {other}) gave no sign of life for 3 s" in errors
 
 
+HANGS = """import signal, time
+
+def hang(*_):  # from the next step on
+    import eightfold.model
+    eightfold.model.Mixtral.forward = {body}
+
+signal.signal(signal.SIGUSR1, hang)
+"""
+LOOP, BLOCKED = "lambda *_: exec('while True: pass')", "lambda *_: time.sleep(1e6)"
+
+
+@pytest.mark.parametrize(("rank", "body"), [(1, LOOP), (0, BLOCKED)])
+def test_a_rank_that_hangs_while_it_lives_ends_the_job_and_is_named(tmp_path: Path, rank: int, body: str) -> None:
+    (tmp_path / "sitecustomize.py").write_text(HANGS.format(body=body))
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    process = start(*LONG, *TWO, "--distributed-timeout-seconds", "2", PYTHONPATH=path)
+    assert process.stdout is not None
+    assert process.stdout.read(1)
+    (other,) = children(process.pid)
+    hung = (process.pid, other)[rank]
+    os.kill(hung, signal.SIGUSR1)
+    begun = time.monotonic()
+    errors = ends(process, other)
+    assert time.monotonic() - begun < WITHIN - 6  # with the 8 s that are meant by default
+    assert process.returncode == 1
+    line = f"rank {rank} (process {hung}) is alive, but in the middle of a step nothing of it moved for 2 s"
+    assert errors == f"eightfold: error: {line}\n"
+
+
 @pytest.mark.parametrize("stopped", [False, True])
 def test_ranks_die_with_rank_0(running: tuple[subprocess.Popen[str], int], stopped: bool) -> None:
     process, other = running

@@ -82,6 +82,9 @@ class Pool {
   Buffer shared_[8];
 };
 
+// How many items all pools of this process have given out: whether it moves is whether they get on.
+uint32_t items_given();
+
 // Processors that this process may run on.
 int usable_cpus();
 

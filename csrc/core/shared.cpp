@@ -1,5 +1,6 @@
 #include "core/shared.h"
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <linux/futex.h>
 #include <poll.h>
@@ -13,8 +14,10 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <fstream>
 #include <system_error>
 
+#include "core/pool.h"
 #include "core/types.h"
 #include "core/wait.h"
 
@@ -52,6 +55,21 @@ int open_pid(int pid) {
 bool has_exited(int pidfd) {
   pollfd one{pidfd, POLLIN, 0};
   return pidfd >= 0 && poll(&one, 1, 0) == 1;
+}
+
+// Whether a thread of this process is in a wait that no signal ends, as for a page that comes from a slow disk.
+bool waits_for_disk() {
+  bool found = false;
+  DIR* folder = opendir("/proc/self/task");
+  while (const dirent* entry = folder && !found ? readdir(folder) : nullptr) {
+    std::ifstream file(std::string("/proc/self/task/") + entry->d_name + "/stat");
+    std::string line;
+    std::getline(file, line);
+    const size_t name_end = line.rfind(')');  // "17 (name) D …"
+    found = name_end != std::string::npos && line.compare(name_end, 3, ") D") == 0;
+  }
+  if (folder) closedir(folder);
+  return found;
 }
 
 template <class T, class Combine>
@@ -135,7 +153,7 @@ void Segment::record(int rank, Failure kind) {
   header().failure.compare_exchange_strong(none, static_cast<uint32_t>(kind) << 16 | static_cast<uint32_t>(rank));
 }
 
-void Segment::fail(const std::string& reason) {
+void Segment::give_reason(const std::string& reason) {
   Seat& mine = seat(rank_);
   uint32_t none = 0;
   if (mine.has_reason.compare_exchange_strong(none, 1)) {
@@ -143,7 +161,38 @@ void Segment::fail(const std::string& reason) {
     std::memcpy(mine.reason, reason.data(), length);
     mine.reason[length] = 0;
   }
+}
+
+void Segment::fail(const std::string& reason) {
+  give_reason(reason);
   record(rank_, kReported);
+}
+
+void Segment::begin_step(double seconds) {
+  advance();
+  step_limit_.store(static_cast<uint32_t>(std::max(1.0, seconds * 1000 / kTickMillis)));
+}
+
+void Segment::end_step() {
+  step_limit_.store(0);
+  still_.store(0);
+}
+
+double Segment::still() const { return !step_limit_.load() ? 0 : still_.load() * kTickMillis / 1000.0; }
+
+// Of a wait for other ranks `wait` says that it moves, so what is found is where the others' waits come from.
+void Segment::watch_step(uint32_t* last) {
+  const uint32_t limit = step_limit_.load(), now = moves_.load() + items_given();
+  const uint32_t ticks = limit && now == *last ? still_.load() + 1 : 0;
+  *last = now;
+  if (ticks <= limit || lost()) {
+    still_.store(ticks);
+  } else if (waits_for_disk()) {
+    still_.store(0);
+  } else {
+    give_reason(std::to_string(limit * kTickMillis / 1000));
+    record(rank_, kStuck);
+  }
 }
 
 void Segment::end() { header().ended.store(1); }
@@ -153,14 +202,14 @@ bool Segment::lost() const { return header().failure.load() || header().ended.lo
 std::tuple<int, int, int, std::string> Segment::failure() const {
   const uint32_t code = header().failure.load();
   const int kind = static_cast<int>(code >> 16), rank = static_cast<int>(code & 0xffff);
-  const std::string reason = kind == kReported ? seat(rank).reason : "";
+  const std::string reason = kind == kReported || kind == kStuck ? seat(rank).reason : "";
   return {kind, rank, static_cast<int>(seat(rank).pid.load()), reason};
 }
 
 void Segment::watch() {
   std::vector<int> pidfds(size_, -1);
   std::vector<uint32_t> beats(size_, 0), still(size_, 0), gone(size_, 0);
-  uint32_t lost_for = 0;
+  uint32_t lost_for = 0, moved = 0;
   std::unique_lock<std::mutex> lock(mutex_);
   while (!leave_.wait_for(lock, std::chrono::milliseconds(kTickMillis), [this] { return leaving_; })) {
     // Time is counted in ticks of this thread: where a whole job was stopped and goes on, nobody has been silent.
@@ -177,6 +226,7 @@ void Segment::watch() {
       if (gone[r] > kGoneTicks) record(r, kGone);
       if (still[r] > patience_ticks_) record(r, kSilent);
     }
+    watch_step(&moved);
     lost_for = lost() ? lost_for + 1 : 0;
     if (expendable_ && lost_for > kGraceTicks) _exit(header().failure.load() ? 1 : 0);
   }
@@ -190,6 +240,7 @@ void Segment::wait(Word& word, Word& sleepers, uint32_t value, int rank, bool en
   const uint32_t start = ticks_.load();
   sleepers.fetch_add(1);
   while (!ready()) {
+    advance();
     if (lost() || (!endless && ticks_.load() - start > kSlowTicks)) {
       sleepers.fetch_sub(1);
       if (!lost()) record(rank, kSlow);
@@ -199,6 +250,7 @@ void Segment::wait(Word& word, Word& sleepers, uint32_t value, int rank, bool en
     if (!reached(seen, value)) futex_wait(word, seen, kTickMillis);
   }
   sleepers.fetch_sub(1);
+  advance();
 }
 
 struct alignas(128) SharedGroup::Line {
@@ -236,6 +288,7 @@ uint32_t SharedGroup::begin() {
 }
 
 void SharedGroup::post(uint32_t step) {
+  segment_.advance();
   Line& mine = line(me_);
   mine.posted.store(step);  // sequentially consistent, as is the sleeper's part: one of the two sees the other
   if (mine.sleepers.load()) futex_wake(mine.posted);

@@ -23,7 +23,7 @@ struct RankLost : std::runtime_error {
 // times a second; the first failure that anyone notices is recorded for all.
 class Segment {
  public:
-  enum Failure : uint32_t { kNone = 0, kReported = 1, kGone = 2, kSilent = 3, kSlow = 4 };
+  enum Failure : uint32_t { kNone = 0, kReported = 1, kGone = 2, kSilent = 3, kSlow = 4, kStuck = 5 };
   static constexpr int kMostRanks = 64;
 
   // Maps `fd`, a file of at least `region_start()` zero bytes, and takes seat `rank` of `size`. `patience` seconds
@@ -40,7 +40,15 @@ class Segment {
   void fail(const std::string& reason);  // a failure anywhere, in words that name the rank; the first one counts
   void end();  // rank 0's: the job is over
   bool ended() const;
-  // Kind, seat and process of the failed rank, or for kReported whose words these are; kind kNone if there is none.
+  // From here to `end_step` this process must get on: when for `seconds` nothing of it has moved (no item of a kernel,
+  // no collective, no `advance`) although none of its threads waits for a disk, it has failed.
+  void begin_step(double seconds);
+  void end_step();
+  void advance() { moves_.fetch_add(1, std::memory_order_relaxed); }
+  double still() const;  // seconds for which nothing has moved, 0 outside of steps
+
+  // Kind, seat and process of the failed rank, with its words for kReported and its seconds for kStuck; kind kNone if
+  // there is none.
   std::tuple<int, int, int, std::string> failure() const;
 
   // Until `word`, a counter that other ranks move, has reached `value`. Throws RankLost. `rank` is whose counter it is;
@@ -56,6 +64,8 @@ class Segment {
   Seat& seat(int rank) const;
   void watch();
   void record(int rank, Failure kind);
+  void give_reason(const std::string& reason);
+  void watch_step(uint32_t* last);
   bool lost() const;
 
   char* base_ = nullptr;
@@ -64,6 +74,8 @@ class Segment {
   const uint32_t patience_ticks_;
   const bool expendable_;
   std::atomic<uint32_t> ticks_{0};
+  std::atomic<uint32_t> step_limit_{0};  // in ticks; 0 outside of steps
+  std::atomic<uint32_t> moves_{0}, still_{0};
   std::mutex mutex_;
   std::condition_variable leave_;
   bool leaving_ = false;

@@ -112,7 +112,7 @@ def _load_runner(
     checkpoint = checkpoint.only(stored_tensors(model_config, shard.experts))
     checkpoint = _into_memory(checkpoint, folder, model_config, config, progress, ranks.local_size)
     model = Mixtral.load(model_config, checkpoint, ops, max_model_len, ranks)
-    return Runner(model, num_pages, config.block_size, kv_dtype, ranks.world)
+    return Runner(model, num_pages, config.block_size, kv_dtype, ranks.world, ranks.watch)
 
 
 def _compare(world: Group, model_config: ModelConfig, checkpoint: Checkpoint, ops: Ops) -> None:

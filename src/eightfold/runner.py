@@ -11,20 +11,28 @@ from torch import Tensor
 
 from eightfold.model import Mixtral
 from eightfold.ops import Batch
-from eightfold.parallel import Alone, Group
+from eightfold.parallel import Alone, Group, Watch, unwatched
 from eightfold.plan_bytes import STOP, decode, encode
 from eightfold.types import Plan
 
 
 class Runner:
-    """`num_pages` pages of `page_size` tokens in each layer, of `kv_dtype`, for the heads of this rank of `world`."""
+    """`num_pages` pages of `page_size` tokens in each layer, of `kv_dtype`, for the heads of this rank of `world`.
+    While others may wait for it, it is under `watch`."""
 
     def __init__(
-        self, model: Mixtral, num_pages: int, page_size: int, kv_dtype: torch.dtype, world: Group | None = None
+        self,
+        model: Mixtral,
+        num_pages: int,
+        page_size: int,
+        kv_dtype: torch.dtype,
+        world: Group | None = None,
+        watch: Watch = unwatched,
     ) -> None:
         config = model.config
         self._model = model
         self._world = world or Alone()
+        self._watch = watch
         self._lead = self._world.rank == 0  # whether the others wait for a message; not so after a step that failed
         self.vocab_size = config.vocab_size
         self.num_pages = num_pages
@@ -43,16 +51,20 @@ class Runner:
             return self._step(plan)
         message = encode(plan)
         self._lead = False
-        self._world.broadcast(message)
-        logits = self._step(plan)
+        with self._watch(self._model.ops.counts_work):
+            self._world.broadcast(message)
+            logits = self._step(plan)
         self._lead = True
         return logits
 
     @torch.inference_mode()
     def follow(self) -> None:
         """Run what rank 0 sends until it stops; for every other rank."""
-        while message := self._world.broadcast(None):
-            self._step(decode(message))
+        message = self._world.broadcast(None)
+        while message:
+            with self._watch(self._model.ops.counts_work):
+                self._step(decode(message))
+                message = self._world.broadcast(None)
 
     def close(self) -> None:
         """Let the other ranks go. After a step that failed they wait in the middle of one, where no message reaches

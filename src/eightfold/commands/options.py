@@ -308,7 +308,11 @@ def _add_ranks(parser: argparse.ArgumentParser) -> None:
     add("node-rank", int, "which of the machines this is, from 0, where the answers come out (default: 0)")
     add("master-addr", str, "machine 0's address (default: MASTER_ADDR)", "HOST")
     add("master-port", int, "a free port there (default: MASTER_PORT; on one machine any, else 20030)")
-    add("distributed-timeout-seconds", int, "a rank without a sign of life for so long is a failure (default: 8)")
+    add(
+        "distributed-timeout-seconds",
+        int,
+        "a rank without a sign of life, or that stands still within a step, for so long is a failure (default: 8)",
+    )
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:

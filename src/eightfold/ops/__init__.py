@@ -146,6 +146,11 @@ class Ops:
         """How many threads compute."""
         return torch.get_num_threads()
 
+    @property
+    def counts_work(self) -> bool:
+        """Whether whoever watches this process sees it get on while an operation runs; else only between them."""
+        return False
+
     def page_size(self, wish: int) -> int:
         """The tokens in a page, `wish` or the next larger number that `attention` can read."""
         return wish

@@ -292,6 +292,11 @@ class CpuOps(Ops):
         experts.native.run_shared(*where, exchange)
         return out if parts is not None else ranks.moe_ep.all_reduce_sum(out)
 
+    @property
+    def counts_work(self) -> bool:
+        """So the native kernels do, and torch does not."""
+        return not self._said
+
     def kernel(self, operation: str, scheme: str) -> str:
         native = operation in POINTWISE or (operation in PRODUCTS and scheme in SCHEMES)
         return f"native {self.isa}" if native else "torch"

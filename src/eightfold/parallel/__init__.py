@@ -7,6 +7,7 @@ they talk is in this package's other files; the model, the runner and the backen
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -62,6 +63,15 @@ class Alone:
         return message
 
 
+# Within it this process must get on, or it has failed. The argument says whether work within an operation is counted.
+Watch = Callable[[bool], AbstractContextManager[object]]
+
+
+def unwatched(counted: bool) -> AbstractContextManager[object]:
+    """For ranks that nobody waits for."""
+    return nullcontext()
+
+
 @dataclass(frozen=True, slots=True)
 class Ranks:
     """The groups that one rank belongs to.
@@ -72,7 +82,7 @@ class Ranks:
 
     `exact`: sums over ranks of integer schemes are taken so that their bits are those of one rank, which costs more and
     larger messages. `local_size` ranks, this one among them, share a machine's memory. `connect` joins the ranks'
-    devices, see `on`.
+    devices, see `on`; `watch` is for what others wait for.
     """
 
     world: Group
@@ -81,6 +91,7 @@ class Ranks:
     exact: bool = True
     local_size: int = 1
     connect: Callable[[torch.device], Ranks] | None = None
+    watch: Watch = unwatched
 
     def on(self, device: torch.device) -> Ranks:
         """The same ranks, whose groups also take tensors on `device`, this rank's own. All ranks must ask together.

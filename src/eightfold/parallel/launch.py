@@ -6,6 +6,7 @@ rank. How ranks start, talk and fail is told in docs/scaling.md.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -36,8 +37,9 @@ from eightfold.parallel.shared import SharedGroup, new_memory, region_bytes
 from eightfold.types import EightfoldError, RankError
 
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # torch.distributed warns of host names that it does not need
-_REPORTED, _GONE, _SILENT = 1, 2, 3  # Segment::Failure of csrc/core/shared.h
+_REPORTED, _GONE, _SILENT, _SLOW, _STUCK = 1, 2, 3, 4, 5  # Segment::Failure of csrc/core/shared.h
 _SPIN_MICROS = 200
+_UNCOUNTED = 40  # times the patience with operations that show nothing until they end, and may compile kernels first
 _LAST_WORDS = 3  # seconds for children to end, and for word of a failure to come from another machine
 
 
@@ -64,6 +66,7 @@ class Job:
         self._network: Network | None = None
         self._hosts: dict[tuple[int, ...], Group | None] = {}  # None for the groups of others
         self._pulse: Pulse | None = None
+        self._closed = threading.Event()
         if place.size == 1:
             return
         self._meeting = Meeting(place, environ)
@@ -93,6 +96,7 @@ class Job:
         """For collectives between machines: raises if the job is lost. An error's reason may still be on its way."""
         until = time.monotonic() + (self.config.distributed_timeout_seconds if error else 0)
         while self._segment is not None:
+            self._segment.advance()
             if self._segment.ended() or self._segment.failure()[0]:
                 raise self._lost()
             if time.monotonic() >= until:
@@ -117,6 +121,7 @@ class Job:
         if self._segment is not None:
             os.sched_setaffinity(0, self._cores)
         self._segment = self._network = self._pulse = None
+        self._closed.set()
         self.ranks = alone()
 
     def fail(self, error: BaseException) -> None:
@@ -142,7 +147,20 @@ class Job:
         if kind == _SILENT:
             seconds = self.config.distributed_timeout_seconds
             return f"{who} gave no sign of life for {seconds} s: it is stopped, or its machine hangs"
+        if kind == _STUCK:
+            return f"{who} is alive, but in the middle of a step nothing of it moved for {text} s"
         return f"{who} lives but did not come to a collective for half an hour"
+
+    def _end_stuck_process(self) -> None:
+        """Rank 0's: where a failed job leaves it in the middle of a step, in a call that no failure reaches (a device
+        that waits for a rank which is gone; a loop without end), the process can only end."""
+        while not self._closed.wait(0.2):
+            if self._still() > _LAST_WORDS and (failure := self.failure()):
+                print("eightfold: error:", failure, file=sys.stderr, flush=True)
+                os._exit(1)
+
+    def _still(self) -> float:
+        return 0.0 if self._segment is None else self._segment.still()
 
     def _lost(self) -> Exception:
         """What a collective raises that can't complete."""
@@ -205,6 +223,8 @@ class Job:
         spin = _SPIN_MICROS if len(self._cores) >= place.local_size else 0
         patience = self.config.distributed_timeout_seconds
         self._segment = _native.Segment(fd, place.local_rank, place.local_size, patience, spin, place.rank != 0)
+        if place.rank == 0:
+            threading.Thread(target=self._end_stuck_process, daemon=True).start()
         self._meeting.put(f"seated/{place.rank}", "")
         if memory >= 0:
             for rank in range(place.rank, place.rank + place.local_size):
@@ -250,6 +270,17 @@ class Job:
         }
         return self._ranks(self._hosts)
 
+    @contextlib.contextmanager
+    def _watch(self, counted: bool) -> Iterator[None]:
+        """See `parallel.Watch`."""
+        segment = self._segment
+        assert segment is not None
+        segment.begin_step(self.config.distributed_timeout_seconds * (1 if counted else _UNCOUNTED))
+        try:
+            yield
+        finally:
+            segment.end_step()
+
     def _connect_devices(self, device: torch.device) -> Ranks:
         """The job's groups for what is on `device` as well; see `Ranks.on`."""
         backend = BACKENDS.get(device.type, "")
@@ -274,7 +305,14 @@ class Job:
             tuple(range(place.rank % place.moe_tp, place.size, place.moe_tp)),
         )
         world, moe_tp, moe_ep = (made[members] or Alone() if len(members) > 1 else Alone() for members in wanted)
-        return Ranks(world, moe_tp, moe_ep, local_size=place.local_size, connect=self._connect_devices)
+        return Ranks(
+            world,
+            moe_tp,
+            moe_ep,
+            local_size=place.local_size,
+            connect=self._connect_devices,
+            watch=self._watch,
+        )
 
     def _group(self, members: Sequence[int], offset: int, seats: Sequence[int]) -> Group | None:
         """The group of these world ranks, if this one is of them. All ranks must call it, in the same order."""
