@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import eightfold.checkpoint
-from eightfold.checkpoint import Checkpoint
+from eightfold.checkpoint import Checkpoint, read_ahead
 from eightfold.config import ModelConfig, RopeConfig, load_model_config
 from eightfold.file_memory import LOAD_MODES
 from eightfold.random_checkpoint import random_checkpoint
@@ -397,9 +398,37 @@ def test_bad_indexes(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 def test_read_ahead(source: Path, tensors: dict[str, Tensor]) -> None:
     checkpoint, seen = open_folder(source), []
-    checkpoint.read_ahead(progress=lambda done, total: seen.append((done, total)))
+    weights = [checkpoint.tensor(name) for name in checkpoint.names()]
+    read_ahead(weights, progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (checkpoint.total_bytes, checkpoint.total_bytes)
     assert seen == sorted(seen)
+
+
+def test_read_ahead_touches_the_pages_of_columns_only(tmp_path: Path) -> None:
+    """Rows of four pages, of which a rank holds the second one and half of the third."""
+    page, rows = os.sysconf("SC_PAGE_SIZE"), 40
+    path = tmp_path / "matrix"
+    path.write_bytes(bytes(rows * 4 * page))
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+        mapped = mmap.mmap(file.fileno(), 0)
+        mapped.madvise(mmap.MADV_RANDOM)  # no reading ahead by the system
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        matrix = torch.frombuffer(mapped, dtype=torch.int8).view(rows, 4 * page)
+        if any(in_memory(matrix)):
+            pytest.skip("this file system keeps its files in memory")
+        seen: list[tuple[int, int]] = []
+        read_ahead([matrix[:, page : 2 * page + page // 2]], lambda done, total: seen.append((done, total)))
+        assert seen[-1] == (rows * page * 3 // 2,) * 2
+        assert in_memory(matrix) == [False, True, True, False] * rows
+
+
+def in_memory(tensor: Tensor) -> list[bool]:
+    """Whether each page of a mapping is in the system's cache."""
+    pages = ctypes.create_string_buffer(tensor.nbytes // os.sysconf("SC_PAGE_SIZE"))
+    address = ctypes.c_void_p(tensor.data_ptr())
+    assert ctypes.CDLL(None, use_errno=True).mincore(address, ctypes.c_size_t(tensor.nbytes), pages) == 0
+    return [bool(byte & 1) for byte in pages.raw]
 
 
 @pytest.mark.parametrize("mode", LOAD_MODES)
@@ -425,7 +454,7 @@ def test_a_refused_lock_says_what_to_do(source: Path, monkeypatch: pytest.Monkey
 OPEN = """
 import sys
 from pathlib import Path
-from eightfold.checkpoint import Checkpoint
+from eightfold.checkpoint import Checkpoint, read_ahead
 from eightfold.config import load_model_config
 
 def anonymous():
@@ -435,7 +464,7 @@ before = anonymous()
 folder = Path(sys.argv[1])
 checkpoint = Checkpoint.open(folder, load_model_config(folder))
 opened = anonymous()
-checkpoint.read_ahead()
+read_ahead(map(checkpoint.tensor, checkpoint.names()))
 print(opened - before, anonymous() - before, checkpoint.total_bytes)
 """
 

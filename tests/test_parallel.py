@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from eightfold.checkpoint import Checkpoint
 from eightfold.config import EngineConfig, ModelConfig, RopeConfig, load_model_config
 from eightfold.loader import follow, load_engine
-from eightfold.model import Mixtral
+from eightfold.model import Loader, Mixtral
 from eightfold.ops import Expert, ExpertShare, Ops, Weight, get_ops
 from eightfold.parallel import Ranks, alone
 from eightfold.plan_bytes import STOP, decode, encode
@@ -344,10 +344,47 @@ def test_weights_stay_where_the_file_is_mapped(folder: Folder) -> None:
             seen.extend(weight for expert in experts for weight in expert)
             return super().prepare_experts(experts, share)
 
-    Mixtral.load(config, checkpoint, Watching(), 128, make_ranks(4, 2)[3])
+    ranks = make_ranks(4, 2)[3]
+    Mixtral.load(config, checkpoint, Watching(), 128, ranks)
     assert len(seen) > 20
     for weight in seen:
         assert weight.parts["weight"].untyped_storage().data_ptr() in stored
+    held = Loader(config, checkpoint, Ops(), shard_of(config, ranks)).held()
+    assert {place(t) for t in held if t.dim() > 1} >= {place(t) for weight in seen for t in weight.parts.values()}
+
+
+def place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "dense"])
+def test_a_rank_reads_what_it_holds(folder: Folder, scheme: str) -> None:
+    """All ranks together read each matrix once, but for what several hold; one reads its part of the bytes."""
+    path = folder(scheme, intermediate_size=256)
+    config = load_model_config(path)
+    checkpoint = Checkpoint.open(path, config)
+    experts = sum(checkpoint.tensor(name).nbytes for name in checkpoint.names() if ".experts." in name)
+    others = checkpoint.total_bytes - experts
+
+    def read(ranks: Ranks) -> int:
+        return sum(t.nbytes for t in Loader(config, checkpoint, Ops(), shard_of(config, ranks)).held())
+
+    assert read(alone()) == checkpoint.total_bytes
+    for size, moe_ep in ((2, 1), (4, 2), (4, 4)):
+        each = [read(ranks) for ranks in make_ranks(size, moe_ep)]
+        assert experts <= sum(each) <= experts * 1.05 + size * others  # scales of columns are on all ranks
+        assert max(each) < experts * -(-config.num_experts // moe_ep) / config.num_experts / (size // moe_ep) + others
+    progress: list[tuple[int, int]] = []
+    engine = EngineConfig(str(path), skip_tokenizer_init=True, threads=1, max_model_len=128)
+
+    def work(mine: Ranks) -> None:
+        if mine.world.rank:
+            follow(engine, mine)
+        else:
+            load_engine(engine, lambda *counts: progress.append(counts), mine).close()
+
+    run_ranks(make_ranks(2), work)
+    assert progress[-1][0] == progress[-1][1] == read(make_ranks(2)[0])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -146,10 +146,6 @@ class Checkpoint:
                 dtypes = " or ".join(_dtype_name(dtype) for dtype in what.dtypes)
                 raise EightfoldError(f"tensor {name!r} in {where} is {_dtype_name(tensor.dtype)}, expected {dtypes}")
 
-    def only(self, names: Container[str]) -> Checkpoint:
-        """Of the same folder, the tensors of these names."""
-        return Checkpoint({name: tensor for name, tensor in self._tensors.items() if name in names}, self._files)
-
     @property
     def total_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._tensors.values())
@@ -167,27 +163,35 @@ class Checkpoint:
         floats = (dtype for dtype in self.bytes_by_dtype() if dtype.is_floating_point and dtype.itemsize >= 2)
         return next(floats, torch.float32)
 
-    def read_ahead(self, progress: Progress | None = None) -> None:
-        """Waits until all weights are in memory; `progress` hears of their bytes.
 
-        Pages are touched through the map: asking the system to read the file (fadvise) would fill its cache with
-        small pages, which are slower to compute from.
-        """
-        chunks = [chunk for tensor in self._tensors.values() for chunk in _chunks(tensor)]
-        done, total = 0, sum(chunk.nbytes for chunk in chunks)
-        with ThreadPoolExecutor(_READERS) as pool:
-            for chunk, _ in zip(chunks, pool.map(_touch, chunks), strict=True):
-                done += chunk.nbytes
-                if progress:
-                    progress(done, total)
+def read_ahead(tensors: Iterable[Tensor], progress: Progress | None = None) -> None:
+    """Waits until all of these, views of mapped files, are in memory; `progress` hears of their bytes.
+
+    Pages are touched through the map: asking the system to read the file (fadvise) would fill its cache with
+    small pages, which are slower to compute from. Of columns of a matrix only the pages that hold them are touched.
+    """
+    chunks = [chunk for tensor in tensors for chunk in _chunks(tensor)]
+    done, total = 0, sum(chunk.nbytes for chunk in chunks)
+    with ThreadPoolExecutor(_READERS) as pool:
+        for chunk, _ in zip(chunks, pool.map(_touch, chunks), strict=True):
+            done += chunk.nbytes
+            if progress:
+                progress(done, total)
 
 
 def _chunks(tensor: Tensor) -> Sequence[Tensor]:
-    return torch.split(tensor.reshape(-1).view(torch.uint8), _TOUCH_BYTES) if tensor.numel() else ()
+    """Its bytes as [rows, bytes of a row], some rows at a time; as one row where nothing lies between the rows."""
+    if not tensor.numel():
+        return ()
+    if tensor.is_contiguous():
+        return [part[None] for part in torch.split(tensor.reshape(-1).view(torch.uint8), _TOUCH_BYTES)]
+    rows = tensor.flatten(0, -2).view(torch.uint8)
+    return torch.split(rows, max(1, _TOUCH_BYTES // rows.shape[1]))
 
 
 def _touch(chunk: Tensor) -> None:
-    chunk[:: os.sysconf("SC_PAGE_SIZE")].max()
+    chunk[:, :: os.sysconf("SC_PAGE_SIZE")].max()
+    chunk[:, -1].max()  # on a page of its own where a row does not begin with one
 
 
 def _counter(weights: WeightFiles, progress: Progress | None) -> BytesDone:

@@ -8,19 +8,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from eightfold.checkpoint import Checkpoint, resolve
+from eightfold.checkpoint import Checkpoint, read_ahead, resolve
 from eightfold.config import EngineConfig, ModelConfig, load_model_config
 from eightfold.engine import Engine
 from eightfold.file_memory import LOAD_MODES
 from eightfold.kv_cache import PagePool
 from eightfold.machine import available_memory
-from eightfold.model import Mixtral, stored_tensors
+from eightfold.model import Loader, Mixtral, stored_tensors
 from eightfold.ops import Ops, get_ops
 from eightfold.parallel import Group, Ranks, alone
 from eightfold.parallel.place import Place
@@ -101,7 +102,8 @@ def _load_runner(
     dtype = named_dtype("dtype", config.dtype, checkpoint.main_dtype)
     kv_dtype = kv_cache_dtype(config.kv_cache_dtype, dtype)
     ops = get_ops(config.device, dtype, config.threads, config.strict_kernels)
-    ops.expect_weights(checkpoint.total_bytes // ranks.world.size)
+    held = list(Loader(model_config, checkpoint, ops, shard).held())
+    ops.expect_weights(sum(tensor.nbytes for tensor in held))
     config = replace(config, block_size=ops.page_size(config.block_size))
     max_model_len = _context(config, model_config)
     if ranks.world.size > 1:
@@ -109,8 +111,7 @@ def _load_runner(
         ranks = ranks.on(ops.device)
     mine = replace(model_config, num_kv_heads=shard.kv_heads)
     num_pages = _least(ranks.world, kv_pages(config, mine, max_model_len, kv_dtype, ops, ranks.local_size))
-    checkpoint = checkpoint.only(stored_tensors(model_config, shard.experts))
-    checkpoint = _into_memory(checkpoint, folder, model_config, config, progress, ranks.local_size)
+    checkpoint = _into_memory(checkpoint, held, folder, model_config, config, progress, ranks.local_size)
     model = Mixtral.load(model_config, checkpoint, ops, max_model_len, ranks)
     return Runner(model, num_pages, config.block_size, kv_dtype, ranks.world, ranks.watch)
 
@@ -152,18 +153,22 @@ def _least(world: Group, pages: int) -> int:
 
 def _into_memory(
     checkpoint: Checkpoint,
+    held: Sequence[Tensor],
     folder: Path,
     model_config: ModelConfig,
     config: EngineConfig,
     progress: Progress | None,
     local_size: int,
 ) -> Checkpoint:
-    """The checkpoint's bytes brought into memory as `--load-mode` says, as far as they fit."""
+    """The checkpoint brought into memory as `--load-mode` says, as far as it fits: what this rank has `held` of it
+    where it is mapped, all of it where it is copied or locked."""
     _check_copies(config, local_size)
     need, free = checkpoint.total_bytes, available_memory()
+    if config.load_mode == "mmap":  # the ranks of a machine hold what they share once
+        need = min(need, local_size * sum(tensor.nbytes for tensor in held))
     if need <= free:
         if config.load_mode == "mmap":
-            checkpoint.read_ahead(progress)
+            read_ahead(held, progress)
             return checkpoint
         return Checkpoint.open(folder, model_config, config.allow_pickle, config.load_mode, progress)
     sizes = f"the weights take {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free"

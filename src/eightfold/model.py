@@ -31,9 +31,11 @@ class WeightSpec(NamedTuple):
     quantizable: bool = False
 
 
+EMBEDDING = "model.embed_tokens"
+
 # Names as Hugging Face has them, layer by layer; `{e}` counts experts.
 TOP: Mapping[str, WeightSpec] = {
-    "model.embed_tokens": WeightSpec(("vocab", "hidden")),
+    EMBEDDING: WeightSpec(("vocab", "hidden")),
     "model.norm": WeightSpec(("hidden",)),
     "lm_head": WeightSpec(("vocab", "hidden")),
 }
@@ -123,6 +125,7 @@ class Loader:
 
     def __init__(self, config: ModelConfig, source: Tensors, ops: Ops, shard: Shard) -> None:
         self.shard = shard
+        self._config = config
         self._table = weight_table(config)
         self._num_experts = config.num_experts
         self._sizes = axis_sizes(config)
@@ -147,6 +150,14 @@ class Loader:
         share = ExpertShare(numbers.start, self._num_experts, ranks) if ranks.world.size > 1 else None
         return self._ops.prepare_experts([Expert(*weights) for weights in experts], share)
 
+    def held(self) -> Iterator[Tensor]:
+        """What this rank will use of the stored tensors, as the source has them: views, nothing converted."""
+        for name in weight_table(self._config, self.shard.experts):
+            if len(self._table[name].axes) == 1 or name == EMBEDDING:
+                yield self._source.tensor(f"{name}.weight")
+            else:
+                yield from self._stored(name).parts.values()
+
     def _float(self, tensor: Tensor) -> Tensor:
         """A tensor as the file has it: fp32 arithmetic holds every stored value exactly, so only a narrower compute
         dtype makes a converted copy."""
@@ -155,10 +166,14 @@ class Loader:
         return tensor.to(self._ops.dtype)
 
     def _weight(self, name: str) -> StoredWeight:
+        weight = self._stored(name)
+        if weight.scheme != self._dense.name:
+            return weight
+        return self._dense.wrap({"weight": self._float(weight.parts["weight"])})
+
+    def _stored(self, name: str) -> StoredWeight:
+        """This rank's part of a matrix, as views."""
         scheme: Scheme = self._scheme if self._table[name].quantizable else self._dense
-        if scheme is self._dense:
-            whole = scheme.wrap({"weight": self._source.tensor(f"{name}.weight")})
-            return scheme.wrap({"weight": self._float(self._part(name, whole).parts["weight"])})
         shape = tuple(self._sizes[axis] for axis in self._table[name].axes)
         wanted = scheme.stored(shape)  # type: ignore[arg-type]
         present = {part: f"{name}.{part}" for part in wanted if f"{name}.{part}" in self._names}
@@ -188,10 +203,10 @@ class Mixtral:
         self._columns = ops.prepare_tensor(torch.tensor(vocabulary_columns(config.vocab_size, self._world.size)))  # [V]
         cos, sin = rope_tables(config.rope, config.head_dim, max_len)
         self._rope = Rope(ops.prepare_tensor(cos), ops.prepare_tensor(sin), config.rope.interleaved)
-        self._embedding = loader.tensor("model.embed_tokens")  # [V, H]
+        self._embedding = loader.tensor(EMBEDDING)  # [V, H]
         self._layers = [self._layer(loader, f"model.layers.{number}") for number in range(config.num_layers)]
         self._norm = loader.tensor("model.norm")  # [H]
-        self._head = loader.linear("model.embed_tokens" if config.tie_word_embeddings else "lm_head")  # [V, H]
+        self._head = loader.linear(EMBEDDING if config.tie_word_embeddings else "lm_head")  # [V, H]
 
     @classmethod
     def load(cls, config: ModelConfig, source: Tensors, ops: Ops, max_len: int, ranks: Ranks | None = None) -> Mixtral:
