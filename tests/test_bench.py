@@ -150,7 +150,7 @@ class Known(Ops):
         super().__init__()
         self._left = list(readings)
 
-    def probe(self) -> dict[str, float]:
+    def probe(self, threads: int | None = None) -> dict[str, float]:
         value = self._left.pop(0)
         return {"int8": 4 * value, "bf16": 0.0, "fp32": value, "read": 10.0}
 

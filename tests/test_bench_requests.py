@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from eightfold.cli import main
 from eightfold.config import ModelConfig, RopeConfig
 from eightfold.html.charts import Curve, Series, lines
 from eightfold.html.plots import Range, Roof, Spot, Stack, curves, heat_map, ranges, roofline, stacks
+from eightfold.ops.cpu import CpuOps
 from eightfold.random_checkpoint import random_checkpoint
 from eightfold.types import EightfoldError
 from pages import Page
@@ -317,6 +319,27 @@ def test_a_limit_that_the_smallest_batch_misses() -> None:
 
 def command(*words: object) -> int:
     return main(["bench", "requests", *map(str, words), "--threads", "1"])
+
+
+def test_several_ranks_are_judged_by_the_limits_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Probed on the cores and threads of both, and rank 0 is back on its own afterwards."""
+    probed = []
+
+    def probe(_: CpuOps, threads: int | None = None) -> dict[str, float]:
+        probed.append((threads, os.sched_getaffinity(0)))
+        return dict.fromkeys(("int8", "bf16", "fp32", "read"), 1e9)
+
+    monkeypatch.setattr(CpuOps, "probe", probe)
+    data, before = tmp_path / "out.json", os.sched_getaffinity(0)
+    words = ["demo", "--cases", "[[20,4]]", "--batch", "2", "--repeat", "1", "--tensor-parallel-size", "2"]
+    assert command(*words, "--json", data) == 0
+    assert probed == [(2, before)] * len(probed) and len(probed) == 2
+    assert os.sched_getaffinity(0) == before
+    (one,) = json.loads(data.read_text())["results"]
+    assert all(one["samples"][0][f"{kind}_share_of_limit"] > 0 for kind in ("prefill", "decode"))
+    assert capsys.readouterr().err == ""
 
 
 def test_command_writes_tables_json_csv_and_page(

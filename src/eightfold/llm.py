@@ -80,7 +80,7 @@ class LLM:
         place = find_place(config, os.environ)
         if place.rank != 0:
             sys.exit(follow_as_told(options))
-        self.world_size = place.size  # ranks, this one among them
+        self.world_size, self.nodes = place.size, place.nodes  # ranks, this one among them, and their machines
         ranks = None
         if place.size > 1:
             check_place(config, place)
@@ -95,6 +95,11 @@ class LLM:
             self.close()
             raise
         self._next_id = 0
+
+    @property
+    def cores(self) -> list[int] | None:
+        """The cores that this machine's ranks compute on; None of one rank, which has those of its process."""
+        return None if self._job is None else self._job.cores
 
     def rank_failure(self) -> str | None:
         """Which of the other ranks failed, and why; None while all is well. The next step would raise it as RankError,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import platform
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,17 +26,23 @@ _PACKAGES = ("torch", "numpy", "safetensors")
 
 
 class Prober:
-    """Reads the machine's peaks, and remembers every reading."""
+    """Reads the machine's peaks, and remembers every reading.
 
-    def __init__(self, ops: Ops) -> None:
+    Where several ranks of this machine compute, that is what all their threads can do on all their `cores`: between
+    steps the other ranks leave these alone.
+    """
+
+    def __init__(self, ops: Ops, ranks: int = 1, cores: Sequence[int] | None = None) -> None:
         self._ops = ops
+        self._threads, self._cores = ops.threads * ranks, cores
         self.readings: list[Peaks] = []
         self.times: list[float] = []  # seconds of time.perf_counter at which each reading ended
 
     def take(self) -> int:
         """Probe now → the reading's number."""
         native = getattr(self._ops, "probe", None)
-        self.readings.append(_peaks(native()) if native else _torch_peaks())
+        with _on(self._cores):
+            self.readings.append(_peaks(native(self._threads)) if native else _torch_peaks())
         self.times.append(time.perf_counter())
         return len(self.readings) - 1
 
@@ -49,6 +57,20 @@ class Prober:
         before, after = self.readings[number], self.readings[min(number + 1, len(self.readings) - 1)]
         pairs = [(before.operations[name], after.operations[name]) for name in before.operations]
         return any(abs(a - b) > MOVED * min(a, b) for a, b in [*pairs, (before.read, after.read)])
+
+
+@contextlib.contextmanager
+def _on(cores: Sequence[int] | None) -> Iterator[None]:
+    """This thread, and those that it starts, on these cores."""
+    if cores is None:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def as_json(readings: Sequence[Peaks]) -> list[dict[str, float]]:

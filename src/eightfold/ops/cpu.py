@@ -105,9 +105,10 @@ class CpuOps(Ops):
     def facts(self) -> dict[str, str]:
         return {"threads": str(self.threads), "instruction set": self.isa}
 
-    def probe(self) -> dict[str, float]:
-        """What the machine can do now: operations per second by number format, and bytes per second of "read"."""
-        threads, isa = self.threads, self.isa
+    def probe(self, threads: int | None = None) -> dict[str, float]:
+        """What so many threads, or this backend's, can do now: operations per second by number format, and bytes per
+        second of "read"."""
+        threads, isa = threads or self.threads, self.isa
         return {
             "int8": _native.probe_int8_peak(threads, 50.0, isa),
             "bf16": _native.probe_bf16_peak(threads, 50.0, isa),

@@ -60,7 +60,7 @@ class Job:
         self.place, self.config = place, config
         self.ranks = alone()
         self._pid = os.getpid()
-        self._cores = usable()
+        self._cores = self.cores = usable()  # `cores` are those of all ranks of this machine
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._segment: _native.Segment | None = None
         self._network: Network | None = None
@@ -339,8 +339,9 @@ class Job:
         has cores, or that are more than the cores, run wherever there is room.
         """
         place, wanted = self.place, self.config.threads
-        first = place.node * place.local_size
-        if any(one["cores"] != self._cores for one in facts[first : first + place.local_size]):
+        here = facts[place.node * place.local_size :][: place.local_size]
+        self.cores = sorted({core for one in here for core in one["cores"]})
+        if any(one["cores"] != self._cores for one in here):
             return wanted or len(self._cores)
         cores = share(self._cores, place.local_rank, place.local_size)
         if cores is not None and (wanted or 1) <= len(cores):

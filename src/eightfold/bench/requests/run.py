@@ -49,7 +49,9 @@ def run_requests(options: RequestOptions) -> dict[str, Any]:
     check(options)
     plan = make_plan(options)
     bench = Bench(LLM(**plan.engine), plan.engine["model"], plan.engine["block_size"], options.seed)
-    prober = Prober(bench.ops)
+    prober = bench.prober()
+    if bench.llm.nodes > 1:
+        plan.notes.append("shares of limits are not given: the limits of the other machines are not probed")
     taken = _searches(bench, prober, plan, options) if plan.searches else (_rounds(bench, prober, plan, options), [])
     report = _report(bench, prober, plan, options, *taken)
     print(show(report))

@@ -16,7 +16,7 @@ import numpy as np
 
 from eightfold.bench.accounting import Row, Step, model_step
 from eightfold.bench.measure import model_formats
-from eightfold.bench.probes import major_faults, memory
+from eightfold.bench.probes import Prober, major_faults, memory
 from eightfold.bench.requests.lengths import Case
 from eightfold.bench.routes import watch_routes
 from eightfold.checkpoint import resolve
@@ -93,7 +93,8 @@ class StepTimes:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What `Bench.run` saw. Times are in seconds; works are what the steps needed at least, None with several ranks."""
+    """What `Bench.run` saw. Times are in seconds; works are what the steps needed at least, on all ranks
+    together; None on several machines."""
 
     in_flight: int
     seconds: float  # from the first request's arrival to the last one's end
@@ -174,6 +175,10 @@ class Bench:
     @property
     def ops(self) -> Ops:
         return self._routes.ops
+
+    def prober(self) -> Prober:
+        """Reads the limits of all threads of this machine's ranks."""
+        return Prober(self.ops, self.llm.world_size // self.llm.nodes, self.llm.cores)
 
     @property
     def products(self) -> str:
@@ -269,9 +274,9 @@ class Bench:
             seconds=seconds,
             requests=requests,
             steps=tuple(steps),
-            # The limits are probed on this rank's threads alone, so the work of all ranks can't be judged by them.
-            prefill_work=works.get(True) if self.llm.world_size == 1 else None,
-            decode_work=works.get(False) if self.llm.world_size == 1 else None,
+            # Of other machines the limits are not probed, so the work of all can't be judged by them.
+            prefill_work=works.get(True) if self.llm.nodes == 1 else None,
+            decode_work=works.get(False) if self.llm.nodes == 1 else None,
             expert_counts=counts.reshape(len(steps), layers, -1).sum(axis=0),
             experts_hit=float(hits.mean()),
             kv_bytes=max(sum(map(self._kv_bytes, step.rows)) for step in steps),
