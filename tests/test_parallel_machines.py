@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 QUESTION = "Who is the CEO of Google?"
+ROOT = Path(__file__).resolve().parent.parent
 RUN = ["-m", "eightfold", "run", "demo", QUESTION, "--json", "--threads", "1"]
 WITHIN = 15
 
@@ -51,6 +54,15 @@ class Machines:
     def start(self, number: int, *command: str) -> subprocess.Popen[str]:
         full = ["ip", "netns", "exec", self.names[number], sys.executable, *command]
         return subprocess.Popen(full, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def type(self, number: int, line: str, home: Path) -> subprocess.Popen[str]:
+        """A line in a shell, in the folder of the seed's commands, whose results go to `home`."""
+        place = {**os.environ, "PYTHON": sys.executable, "EIGHTFOLD_MODELTEST_HOME": str(home)}
+        place["PATH"] = f"{Path(sys.executable).parent}:{place['PATH']}"
+        full = ["ip", "netns", "exec", self.names[number], "bash", "-c", line]
+        return subprocess.Popen(
+            full, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=place, cwd=ROOT / "tests" / "modeltest"
+        )
 
     def cut(self, number: int) -> None:
         ip("-n", self.names[number], "link", "set", "eth0", "down")
@@ -115,6 +127,53 @@ def test_torchrun_on_two_machines(machines: Machines) -> None:
     assert answer(machines.start(0, *torchrun, "--node-rank", "0", *RUN)) == alone
     out, _ = second.communicate(timeout=30)
     assert (second.returncode, out) == (0, "")
+
+
+def prepared(home: Path, demo: Path) -> Path:
+    data = home / "data" / "boolq"
+    data.mkdir(parents=True)
+    lines = (demo / "heldout.jsonl").read_text().splitlines(keepends=True)[:8]
+    (data / "dev.jsonl").write_text("".join(lines))
+    return home
+
+
+def written(home: Path) -> dict[str, str]:
+    """What lies in the folder of results, by name without the number of ranks and the time."""
+    files = [path for path in (home / "outputs").rglob("*") if path.is_file()] if (home / "outputs").is_dir() else []
+    return {re.sub(r"_tp\d|_\d{6,}", "", path.name): path.read_text() for path in files}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machines", [2], indirect=True)
+def test_the_seeds_commands_on_two_machines(machines: Machines, demo: Path, tmp_path: Path) -> None:
+    """run.sh with its words for several machines, and run_pa under torchrun: scores and answers of one rank."""
+    homes = [prepared(tmp_path / name, demo) for name in ("one", "first", "second")]
+    table = tmp_path / "rank_table.json"
+    table.write_text("{}")
+    line = f"bash run.sh pa_fp16 full_BoolQ 4 mixtral {demo}"
+    alone = machines.type(0, f"{line} 1", homes[0])
+    _, errors = alone.communicate(timeout=60)
+    assert alone.returncode == 0, errors
+    both = [f"{line} {table} 2 2 {start} {machines.addresses[0]}" for start in (0, 1)]
+    second, first = machines.type(1, both[1], homes[2]), machines.type(0, both[0], homes[1])
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 0, errors
+    said, complaints = second.communicate(timeout=WITHIN)
+    assert (second.returncode, said) == (0, ""), complaints
+    assert f"ranks find one another at {machines.addresses[0]}" in errors
+    assert len(written(homes[0])) >= 2 and written(homes[1]) == written(homes[0])
+    assert written(homes[2]) == {}
+
+    words = f"{ROOT}/examples/run_pa.py --model_path {demo} --is_chat_model --max_output_length 12"
+    torchrun = f"torchrun --nnodes 2 --nproc-per-node 1 --master-addr {machines.addresses[0]} --master-port 20032"
+    second = machines.type(1, f"{torchrun} --node-rank 1 {words}", homes[2])
+    first = machines.type(0, f"{torchrun} --node-rank 0 {words}", homes[1])
+    spread, errors = first.communicate(timeout=60)
+    assert first.returncode == 0, errors
+    assert second.communicate(timeout=30)[0] == ""
+    alone = machines.type(0, f"python {words}", homes[0])
+    assert alone.communicate(timeout=60)[0] == spread
+    assert "Answer[0]: " in spread
 
 
 @pytest.mark.slow
