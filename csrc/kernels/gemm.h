@@ -12,8 +12,9 @@
 
 namespace eightfold::EIGHTFOLD_ISA {
 
-constexpr int kStreamRows = 4;           // at most so many tokens, of so many bytes, go past the weights row by row:
-constexpr int64_t kStreamBytes = 16384;  // more of them do not stay in the first-level cache while weights stream by
+constexpr int kStreamRows = 6;           // at most so many tokens, of so many bytes, go past the weights row by row:
+constexpr int64_t kStreamBytes = 28672;  // more of them do not stay in the first-level cache while weights stream by
+constexpr int64_t kStreamAhead = 8192;   // bytes of the weights that follow, kept on their way meanwhile
 constexpr int64_t kMostRows = 144;       // tokens that go through a block of weights together
 constexpr int64_t kMostColumns = 96;     // weights of an item of work: whole tiles, whole vectors
 
@@ -41,6 +42,7 @@ struct DotFloat {
   static EF_INLINE WV load_w_n(const W* p, int64_t n) { return {load_n(p, n)}; }
   static EF_INLINE void store_w(float* p, WV w) { store(p, w.v); }
   static EF_INLINE void dot(Vector& acc, XV x, WV w) { acc = fma(x.v, w.v, acc); }
+  static EF_INLINE void dot_at(Vector& acc, const X* x, WV w) { dot(acc, load_x(x), w); }
 };
 
 struct DotInt8 {
@@ -57,6 +59,7 @@ struct DotInt8 {
   static EF_INLINE WV load_w(const W* p) { return load_weights8(p); }
   static EF_INLINE WV load_w_n(const W* p, int64_t n) { return load_weights8_n(p, n); }
   static EF_INLINE void dot(Vector& acc, XV x, WV w) { dot8(acc, x, w); }
+  static EF_INLINE void dot_at(Vector& acc, const X* x, WV w) { dot8_at(acc, x, w); }
 };
 
 #if EIGHTFOLD_LEVEL >= 3
@@ -76,6 +79,7 @@ struct DotBf16 {
   static EF_INLINE WV load_w_n(const W* p, int64_t n) { return load_pairs_n(p, n); }
   static EF_INLINE void store_w(bf16* p, WV w) { store_pairs(p, w); }
   static EF_INLINE void dot(Vector& acc, XV x, WV w) { dot_pairs(acc, x, w); }
+  static EF_INLINE void dot_at(Vector& acc, const X* x, WV w) { dot_pairs_at(acc, x, w); }
 };
 #endif
 
@@ -186,24 +190,31 @@ EF_INLINE void tile_of(int rows, const typename D::X* x, int64_t x_stride, const
   }
 }
 
-// One weight row after another, each read once at the rate of the memory, for a few tokens at a time.
+// M tokens × one weight row over `length` elements of K, as `tile` would; `ahead` is brought near, as many bytes. How far
+// the processor looks ahead is counted in instructions, so there are as few of them for a line of weights as can be.
 template <class D, int M>
-void stream(const typename D::X* x, int64_t x_stride, const typename D::W* w, int64_t w_stride, int64_t columns,
-            int64_t length, typename D::Sum* c, int64_t ldc) {
-  for (int64_t n = 0; n < columns; n++)
-    for (int64_t k = 0; k < length; k += D::kBlock)
-      tile<D, M, 1>(x + k, x_stride, w + n * w_stride + k, w_stride, smaller(D::kBlock, length - k), k > 0, c + n, ldc,
-                    {});
-}
-
-template <class D, int M>
-EF_INLINE void stream_of(int64_t rows, const typename D::X* x, int64_t x_stride, const typename D::W* w,
-                         int64_t w_stride, int64_t columns, int64_t length, typename D::Sum* c, int64_t ldc) {
-  if (rows == M) {
-    stream<D, M>(x, x_stride, w, w_stride, columns, length, c, ldc);
-  } else if constexpr (M > 1) {
-    stream_of<D, M - 1>(rows, x, x_stride, w, w_stride, columns, length, c, ldc);
+EF_INLINE void row_tile(const typename D::X* x, int64_t x_stride, const typename D::W* w, int64_t length, bool add_to,
+                        typename D::Sum* c, int64_t ldc, const char* ahead) {
+  constexpr int kSteps = M <= 4 ? 4 : 1;  // at once; for more tokens there are no registers for the addresses
+  typename D::Vector acc[M][1];
+  EF_UNROLL
+  for (int m = 0; m < M; m++) acc[m][0] = D::start();
+  const auto dots = [&](int64_t k, typename D::WV weights) EF_LAMBDA {
+    EF_UNROLL
+    for (int m = 0; m < M; m++) D::dot_at(acc[m][0], x + m * x_stride + k, weights);
+  };
+  const auto step = [&](int64_t k) EF_LAMBDA {
+    __builtin_prefetch(ahead + k * static_cast<int64_t>(sizeof *w), 0, 3);
+    dots(k, D::load_w(w + k));
+  };
+  int64_t k = 0;
+  for (; k + kSteps * D::kStep <= length; k += kSteps * D::kStep) {
+    EF_UNROLL
+    for (int i = 0; i < kSteps; i++) step(k + i * D::kStep);
   }
+  for (; k + D::kStep <= length; k += D::kStep) step(k);
+  if (k < length) dots(k, D::load_w_n(w + k, length - k));
+  store_tile<M, 1>(acc, add_to, c, ldc);
 }
 
 // Where the weights lie that are wanted after those at hand: rows `stride` bytes apart. Null if that is not known.
@@ -211,6 +222,40 @@ struct Upcoming {
   const char* at = nullptr;
   int64_t stride = 0;
 };
+
+// One weight row after another, each read once at the rate of the memory, for a few tokens at a time.
+template <class D, int M>
+void stream(const typename D::X* x, int64_t x_stride, const typename D::W* w, int64_t w_stride, int64_t columns,
+            int64_t length, typename D::Sum* c, int64_t ldc, Upcoming after) {
+  const int64_t size = sizeof *w, row_bytes = length * size;
+  // So many whole rows, or so many bytes of a row that is longer.
+  const int64_t rows_ahead = kStreamAhead / row_bytes, bytes_ahead = rows_ahead ? 0 : kStreamAhead;
+  for (int64_t n = 0; n < columns; n++) {
+    const typename D::W* row = w + n * w_stride;
+    for (int64_t k = 0; k < length; k += D::kBlock) {
+      int64_t next = n + rows_ahead, at = k * size + bytes_ahead;
+      if (at >= row_bytes) next++, at -= row_bytes;
+      const char* ahead = reinterpret_cast<const char*>(row + k);  // near already: where nothing is known to follow
+      if (next < columns) {
+        ahead = reinterpret_cast<const char*>(w + next * w_stride) + at;
+      } else if (after.at) {
+        ahead = after.at + (next - columns) * after.stride + at;
+      }
+      row_tile<D, M>(x + k, x_stride, row + k, smaller(D::kBlock, length - k), k > 0, c + n, ldc, ahead);
+    }
+  }
+}
+
+template <class D, int M>
+EF_INLINE void stream_of(int64_t rows, const typename D::X* x, int64_t x_stride, const typename D::W* w,
+                         int64_t w_stride, int64_t columns, int64_t length, typename D::Sum* c, int64_t ldc,
+                         Upcoming after) {
+  if (rows == M) {
+    stream<D, M>(x, x_stride, w, w_stride, columns, length, c, ldc, after);
+  } else if constexpr (M > 1) {
+    stream_of<D, M - 1>(rows, x, x_stride, w, w_stride, columns, length, c, ldc, after);
+  }
+}
 
 EF_INLINE Upcoming rows_from(const Matrix& w, int64_t first) {
   const int64_t stride = w.stride * (w.dtype == Dtype::f32 ? 4 : w.dtype == Dtype::i8 ? 1 : 2);
@@ -262,8 +307,10 @@ void product(const typename D::X* x, int64_t x_stride, int64_t rows, const typen
   // Row by row there is one chain of sums, which for int8 that is widened takes longer than reading does.
   constexpr bool widens = !std::is_same_v<D, typename D::Wide>;
   const int64_t size = sizeof *w, x_bytes = rows * length * static_cast<int64_t>(sizeof *x);
-  if (!widens && (rows == 1 || (rows <= kStreamRows && x_bytes <= kStreamBytes))) {
-    stream_of<D, kStreamRows>(rows, x, x_stride, w, w_stride, columns, length, c, ldc);
+  // Of rows that lie apart (a rank's columns), lines beyond their ends come along into the caches.
+  const int64_t most_bytes = w_stride > length ? kStreamBytes / 2 : kStreamBytes;
+  if (!widens && (rows == 1 || (rows <= kStreamRows && x_bytes <= most_bytes))) {
+    stream_of<D, kStreamRows>(rows, x, x_stride, w, w_stride, columns, length, c, ldc, after);
     return;
   }
   for (int64_t k = 0; k < length; k += D::kBlock) {

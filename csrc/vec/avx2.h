@@ -140,5 +140,6 @@ EF_INLINE Quantized load_quantized(const quantized* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
 }
 EF_INLINE void dot8(vi& acc, Quantized x, Weights8 w) { acc.v = _mm256_add_epi32(acc.v, _mm256_madd_epi16(x.v, w.v)); }
+EF_INLINE void dot8_at(vi& acc, const quantized* x, Weights8 w) { dot8(acc, load_quantized(x), w); }
 
 }  // namespace eightfold::EIGHTFOLD_ISA

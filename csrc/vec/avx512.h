@@ -178,6 +178,9 @@ EF_INLINE Quantized load_quantized(const quantized* p) { return {_mm512_loadu_si
 EF_INLINE void dot8(vi& acc, Quantized x, Weights8 w) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(x.v));
 }
+EF_INLINE void dot8_at(vi& acc, const quantized* x, Weights8 w) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*reinterpret_cast<const __m512i_u*>(x)));
+}
 
 // Pairs of bf16: acc[i] += a[2i] · b[2i] + a[2i + 1] · b[2i + 1]
 struct Pairs {
@@ -196,6 +199,9 @@ EF_INLINE Pairs set1_pair(const uint32_t* p) { return {_mm512_set1_epi32(static_
 EF_INLINE void dot_pairs(vf& acc, Pairs a, Pairs b) {
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a.v), "v"(b.v));
 }
+EF_INLINE void dot_pairs_at(vf& acc, const bf16* a, Pairs b) {
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(b.v), "m"(*reinterpret_cast<const __m512i_u*>(a)));
+}
 #else
 typedef int16_t quantized;
 constexpr int kDot8 = 32;
@@ -210,6 +216,7 @@ EF_INLINE Weights8 load_weights8_n(const int8_t* p, int64_t n) {
 }
 EF_INLINE Quantized load_quantized(const quantized* p) { return {_mm512_loadu_si512(p)}; }
 EF_INLINE void dot8(vi& acc, Quantized x, Weights8 w) { acc.v = _mm512_add_epi32(acc.v, _mm512_madd_epi16(x.v, w.v)); }
+EF_INLINE void dot8_at(vi& acc, const quantized* x, Weights8 w) { dot8(acc, load_quantized(x), w); }
 #endif
 
 }  // namespace eightfold::EIGHTFOLD_ISA

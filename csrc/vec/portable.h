@@ -159,5 +159,6 @@ EF_INLINE void dot8(vi& acc, Quantized x, Weights8 w) {
   const vi even = ((vi)product << 16) >> 16, odd = (vi)product >> 16;
   acc = add(acc, even + odd);
 }
+EF_INLINE void dot8_at(vi& acc, const quantized* x, Weights8 w) { dot8(acc, load_quantized(x), w); }
 
 }  // namespace eightfold::EIGHTFOLD_ISA
