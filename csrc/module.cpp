@@ -14,8 +14,9 @@ using namespace eightfold;
 namespace {
 
 using Address = uintptr_t;
-using MatrixTuple =  // data, scale, rows, cols, stride, dtype, whether int8 takes float activations
-    std::tuple<Address, Address, int64_t, int64_t, int64_t, int, bool>;
+using GroupsTuple = std::tuple<Address, int, int64_t, int64_t>;  // scales of int4: data, dtype, group, stride
+using MatrixTuple =  // data, scale, rows, cols, stride, dtype, whether int8 takes float activations, int4's scales
+    std::tuple<Address, Address, int64_t, int64_t, int64_t, int, bool, GroupsTuple>;
 using Strides = std::tuple<int64_t, int64_t, int64_t>;
 
 template <class T = float>
@@ -30,9 +31,11 @@ Dtype dtype_of(int code) {
 
 std::vector<Matrix> matrices(const std::vector<MatrixTuple>& tuples) {
   std::vector<Matrix> result;
-  for (const auto& [data, scale, rows, cols, stride, dtype, float_input] : tuples)
-    result.push_back(
-        {pointer<const void>(data), pointer<const float>(scale), rows, cols, stride, dtype_of(dtype), float_input});
+  for (const auto& [data, scale, rows, cols, stride, dtype, float_input, groups] : tuples) {
+    const auto& [group_scale, group_dtype, group, group_stride] = groups;
+    result.push_back({pointer<const void>(data), pointer<const float>(scale), rows, cols, stride, dtype_of(dtype), float_input,
+                      {pointer<const void>(group_scale), dtype_of(group_dtype), group, group_stride}});
+  }
   return result;
 }
 

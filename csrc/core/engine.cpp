@@ -64,6 +64,7 @@ Engine::Engine(int threads, const std::string& isa)
 Input Engine::input_for(const Matrix& w, bool rounded) const {
   if (w.dtype == Dtype::i8 && !w.float_input) return rounded ? Input::i8_rounded : Input::i8;
   if (!rounded) return Input::f32;
+  if (w.groups.size) return kernels_->bf16_dot ? Input::bf16_packed : Input::f32_rounded;
   const bool exact_in_bf16 = w.dtype == Dtype::bf16 || w.dtype == Dtype::i8;
   return exact_in_bf16 && kernels_->bf16_dot ? Input::bf16 : Input::f32_rounded;
 }

@@ -66,9 +66,11 @@ struct Route {
   int experts, chosen;
 };
 
-// Activations as a matrix product reads them: fp32, bf16, or int8 with scales; "rounded": to bf16 before.
-enum class Input : int32_t { f32 = 0, f32_rounded = 1, bf16 = 2, i8 = 3, i8_rounded = 4 };
-constexpr int kInputs = 5;
+// Activations as a matrix product reads them: fp32, bf16, or int8 with scales; "rounded": to bf16 before;
+// "packed": in the order in which int4 weights are looked up.
+enum class Input : int32_t { f32 = 0, f32_rounded = 1, bf16 = 2, i8 = 3, i8_rounded = 4, bf16_packed = 5 };
+constexpr int kInputs = 6;
+constexpr int64_t kPackedBlock = 128;  // inputs whose order is changed among themselves; rows are whole blocks
 
 struct Prepared {
   char* data = nullptr;  // rows `stride` bytes apart, zero beyond the width

@@ -115,6 +115,8 @@ void prepare_row(Input input, const float* x, int64_t width, const Prepared& to,
       return prepare_int8<false>(x, width, to, row);
     case Input::i8_rounded:
       return prepare_int8<true>(x, width, to, row);
+    case Input::bf16_packed:
+      return prepare_packed(x, width, out);
   }
 }
 
@@ -152,6 +154,8 @@ void multiply_integers(const Matrix& w, const Prepared& x, int64_t x_first, int6
 
 void multiply(const Matrix& w, [[maybe_unused]] Input input, const Prepared& x, int64_t x_first, int64_t rows,
               int64_t first, int64_t count, float* out, int64_t out_stride, void* scratch, Upcoming after) {
+  if (w.groups.size)
+    return multiply_int4(w, input, x, x_first, rows, first, count, out, out_stride, scratch, after);
   if (w.dtype == Dtype::i8 && !w.float_input) {
     int32_t* c = static_cast<int32_t*>(scratch);
     const int64_t x_stride = x.stride / static_cast<int64_t>(sizeof(quantized));

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 # data, scales, rows, columns, stride, dtype code, whether int8 takes float activations
-_Matrix = tuple[int, int, int, int, int, int, bool]
+_Groups = tuple[int, int, int, int]  # int4's scales: address, dtype, size of a group, stride
+_Matrix = tuple[int, int, int, int, int, int, bool, _Groups]
 _Exchange = tuple[int, int, int, Callable[[int, int], int]]  # absmax, sums, parts, agree(which, rows) → address
 _Strides = tuple[int, int, int]  # of page, head, position, in elements
 

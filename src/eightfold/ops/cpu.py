@@ -35,9 +35,11 @@ MOST_MATRICES = 8
 POINTWISE = ("rms_norm", "rope_write_kv", "attention", "route")
 PRODUCTS = ("linear", "moe")
 INT8_SCHEMES = ("w8a8", "w8a16")
-SCHEMES = ("dense", *INT8_SCHEMES)
+SCHEMES = ("dense", *INT8_SCHEMES, "w4a16")
 
-_Matrix = tuple[int, int, int, int, int, int, bool]
+_Groups = tuple[int, int, int, int]
+_Matrix = tuple[int, int, int, int, int, int, bool, _Groups]
+_NO_GROUPS = (0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +301,7 @@ class CpuOps(Ops):
         return not self._said
 
     def kernel(self, operation: str, scheme: str) -> str:
-        native = operation in POINTWISE or (operation in PRODUCTS and scheme in SCHEMES)
+        native = operation in POINTWISE or (operation in PRODUCTS and scheme.partition("-")[0] in SCHEMES)
         return f"native {self.isa}" if native else "torch"
 
     def _fall_back(self, operation: str, reason: str) -> None:
@@ -335,7 +337,7 @@ def _unsupported(w: Weight) -> str | None:
     """Why no kernel can multiply by `w`, or None."""
     if w.scheme not in SCHEMES:
         return f"scheme {w.scheme}"
-    weight = w.parts["weight"]
+    weight = w.parts["weight_packed" if w.scheme == "w4a16" else "weight"]
     if weight.device.type != "cpu":
         return f"a weight on {weight.device}"
     if w.scheme == "dense" and weight.dtype not in FLOATS:
@@ -346,17 +348,30 @@ def _unsupported(w: Weight) -> str | None:
         return f"w8a8 rows of {weight.shape[1]}, more than {MOST_COLUMNS}"
     if 0 in weight.shape:
         return f"a weight of shape {list(weight.shape)}"
+    if w.scheme == "w4a16" and (scale := w.parts["weight_scale"]).stride(1) != 1 and scale.shape[1] > 1:
+        return "scales whose rows are not contiguous"
     return None
 
 
 def _matrix(w: Weight, scales: list[Tensor]) -> _Matrix:
     """What the kernels need to know of `w`; its scales as fp32 are added to `scales`, which must outlive the kernel."""
+    if w.scheme == "w4a16":
+        return _int4_matrix(w)
     weight, scale = w.parts["weight"], 0
     if w.scheme in INT8_SCHEMES:
         scales.append(w.parts["weight_scale"].reshape(-1).float().contiguous())
         scale = scales[-1].data_ptr()
     code = INT8 if w.scheme in INT8_SCHEMES else FLOATS[weight.dtype]
-    return weight.data_ptr(), scale, weight.shape[0], weight.shape[1], weight.stride(0), code, w.scheme == "w8a16"
+    where = weight.data_ptr(), scale, weight.shape[0], weight.shape[1], weight.stride(0)
+    return *where, code, w.scheme == "w8a16", _NO_GROUPS
+
+
+def _int4_matrix(w: Weight) -> _Matrix:
+    """The same of int4 weights, two in a byte; their scales are used where they lie too."""
+    packed, scale = w.parts["weight_packed"], w.parts["weight_scale"]
+    rows, columns = w.shape
+    groups = scale.data_ptr(), FLOATS[scale.dtype], columns // scale.shape[1], scale.stride(0)
+    return packed.data_ptr(), 0, rows, columns, packed.stride(0) * packed.itemsize, INT8, True, groups
 
 
 def _unsupported_pages(pages: Pages) -> str | None:
