@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from eightfold.config import ModelConfig
+from eightfold.quant_config import w4a16_group
 
 ACTIVATION_BYTES = 4  # activations between operations are fp32
 
@@ -26,7 +27,7 @@ class Format(NamedTuple):
     """How weights are stored and multiplied: bytes an element, bytes a row of scales, format of the products."""
 
     products: str
-    element: int
+    element: float
     row: int = 0
 
 
@@ -73,6 +74,9 @@ def weight_format(scheme: str, dtype: str, stored: str | None = None) -> Format:
         return Format("int8", 1, 4)
     if scheme == "w8a16":
         return Format("bf16" if dtype == "bfloat16" else "fp32", 1, 4)
+    if scheme.startswith("w4a16"):
+        group = w4a16_group(scheme)
+        return Format("bf16" if dtype == "bfloat16" else "fp32", 0.5 + (2 / group if group else 0), 0 if group else 2)
     stored = stored or dtype
     return Format("bf16" if dtype == stored == "bfloat16" else "fp32", _ELEMENT[stored])
 
@@ -89,7 +93,7 @@ def kv_format(stored: str, dtype: str = "bfloat16") -> Format:
 
 def kv_token_bytes(config: ModelConfig, kv: Format) -> int:
     """Bytes of a token's keys and values in one layer."""
-    return 2 * config.num_kv_heads * (config.head_dim * kv.element + kv.row)
+    return int(2 * config.num_kv_heads * (config.head_dim * kv.element + kv.row))
 
 
 def linear(tokens: int, outs: int, ins: int, weights: Format) -> Work:

@@ -128,7 +128,7 @@ def _add_common(group: argparse._ArgumentGroup) -> None:
 
 def _add_offline(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--layers", type=int, metavar="N", help="layers of a --shape (default: 4)")
-    group.add_argument("--scheme", help="quantization of a --shape: w8a8 (default), w8a16 or dense")
+    group.add_argument("--scheme", help="quantization of a --shape: w8a8 (default), w8a16, w4a16 or dense")
     group.add_argument(
         "--dtype", help="of a --shape's floats (default: bfloat16), or to run a MODEL in (default: its own)"
     )

@@ -15,6 +15,7 @@ from eightfold.bench.plan import OfflineOptions
 from eightfold.checkpoint import resolve
 from eightfold.config import ModelConfig, load_model_config
 from eightfold.loader import DTYPES
+from eightfold.quant import get_scheme
 from eightfold.random_checkpoint import SHAPES, random_checkpoint
 from eightfold.types import EightfoldError
 
@@ -56,7 +57,10 @@ def random_config(options: OfflineOptions) -> ModelConfig:
         raise EightfoldError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     layers = LAYERS if options.layers is None else options.layers
     return replace(
-        shape, num_layers=layers, scheme=options.scheme, torch_dtype=str(DTYPES[dtype]).removeprefix("torch.")
+        shape,
+        num_layers=layers,
+        scheme=get_scheme(options.scheme).name,
+        torch_dtype=str(DTYPES[dtype]).removeprefix("torch."),
     )
 
 

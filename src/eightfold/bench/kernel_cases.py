@@ -6,6 +6,7 @@ model, the other layers' weights come in between.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -30,6 +31,7 @@ from eightfold.config import ModelConfig
 from eightfold.machine import available_memory
 from eightfold.ops import Batch, Expert, Ops, Pages, Rope, Weight
 from eightfold.quant import get_scheme
+from eightfold.quant_config import W4A16_GROUPS
 from eightfold.rope import rope_tables
 from eightfold.types import EightfoldError
 
@@ -40,6 +42,7 @@ PREFILLS = ((512, 512), (2048, 2048), (512, 8704))  # (new tokens, kv_len): whol
 PAGE_SIZE = 32
 ROTATION_BYTES = 512 << 20  # far beyond any processor's cache
 _MOST_SETS = 32
+_SQUARE = 128  # a matrix that every scheme can store
 _BLOCK = 1 << 22  # random numbers drawn; memory is filled with them again and again
 
 Run = Callable[[], object]
@@ -90,7 +93,10 @@ class Cases:
 
     def all(self) -> list[Case]:
         """Linear layers and experts by scheme, attention by dtype of the pages, and the small operations."""
-        schemes = ("w8a8", "w8a16", "dense")
+        config = self._config
+        inputs = (config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
+        grouped = not any(width % W4A16_GROUPS[0] for width in inputs)  # else int4's groups do not fit the model
+        schemes = ("w8a8", "w8a16", "w4a16", "dense") if grouped else ("w8a8", "w8a16", "dense")
         cases = [case for scheme in schemes for case in self._linears(scheme)]
         cases += [case for scheme in schemes for case in self._moes(scheme)]
         for dtype in (torch.bfloat16, torch.int8, torch.float32):
@@ -239,7 +245,7 @@ class Cases:
             hidden, width = self._config.hidden_size, self._config.intermediate_size
             layer = 3 * self._config.num_experts * hidden * width
             largest = max(layer, self._config.vocab_size * hidden)
-            largest = max(largest, self._rotation_bytes // self._format(scheme).element)
+            largest = max(largest, int(self._rotation_bytes / self._format(scheme).element))
             self._weights[scheme] = _Pool(scheme, self._ops.dtype, largest, self._generator)
         return self._weights[scheme]
 
@@ -269,23 +275,30 @@ class _Pool:
 
     def __init__(self, scheme: str, dtype: torch.dtype, elements: int, generator: torch.Generator) -> None:
         self._scheme = get_scheme(scheme)
-        stored = self._scheme.stored((1, 1))["weight"].dtypes
-        self._dtype = dtype if dtype in stored else stored[0]
-        afford(elements * self._dtype.itemsize, f"weights of scheme {scheme}")
-        self._memory = torch.empty(elements, dtype=self._dtype)
-        block = torch.randn(_BLOCK, generator=generator) * (0.02 if self._dtype.is_floating_point else 40)
-        fill(self._memory, block.clamp(-127, 127).to(self._dtype))
+        self._part, part = next(iter(self._scheme.stored((_SQUARE, _SQUARE)).items()))
+        self._each = _SQUARE * _SQUARE // math.prod(part.shapes[0])  # weights of an element
+        self._dtype = dtype if dtype in part.dtypes else part.dtypes[0]
+        count = elements // self._each
+        afford(count * self._dtype.itemsize, f"weights of scheme {scheme}")
+        self._memory = torch.empty(count, dtype=self._dtype)
+        if self._each > 1:
+            block = torch.randint(-(2**31), 2**31, (_BLOCK,), generator=generator)
+        else:
+            block = torch.randn(_BLOCK, generator=generator) * (0.02 if self._dtype.is_floating_point else 40)
+            block = block.clamp(-127, 127)
+        fill(self._memory, block.to(self._dtype))
         self._used = 0
 
     def matrix(self, outs: int, ins: int) -> Weight:
         """The next [outs, ins]; its scales, if it has any, are all alike."""
-        if self._used + outs * ins > self._memory.numel():
+        count = outs * ins // self._each
+        if self._used + count > self._memory.numel():
             self._used = 0
-        weight = self._memory[self._used : self._used + outs * ins].view(outs, ins)
-        self._used += outs * ins
-        parts: dict[str, Tensor] = {"weight": weight}
+        weight = self._memory[self._used : self._used + count].view(outs, -1)
+        self._used += count
+        parts: dict[str, Tensor] = {self._part: weight}
         for name, part in self._scheme.stored((outs, ins)).items():
-            if name != "weight" and not part.optional:
+            if name != self._part and not part.optional:
                 parts[name] = torch.full(part.shapes[0], 5e-4, dtype=part.dtypes[0])
         return self._scheme.wrap(parts)
 

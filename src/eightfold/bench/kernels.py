@@ -21,7 +21,7 @@ from eightfold.random_checkpoint import SHAPES
 from eightfold.types import EightfoldError
 
 SAMPLE_SECONDS = 0.02  # a sample repeats short calls for about this long
-PANELS = ("linear w8a8", "linear w8a16", "linear dense", "moe", "attention")  # of the picture
+PANELS = ("linear w8a8", "linear w8a16", "linear w4a16", "linear dense", "moe", "attention")  # of the picture
 PROBE_SECONDS = 2.0  # probe again after this much measuring
 
 
