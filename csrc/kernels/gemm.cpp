@@ -116,7 +116,9 @@ void prepare_row(Input input, const float* x, int64_t width, const Prepared& to,
     case Input::i8_rounded:
       return prepare_int8<true>(x, width, to, row);
     case Input::bf16_packed:
-      return prepare_packed(x, width, out);
+    case Input::f32_packed:
+    case Input::f32_rounded_packed:
+      return prepare_packed(input, x, width, out);
   }
 }
 

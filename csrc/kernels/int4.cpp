@@ -3,8 +3,9 @@
 // A weight counts as q · scale, rounded to bf16 where activations are bf16. There are sixteen such numbers in a group, so
 // they are made once, as a table, and weights are looked up. From there on the sums are those of dense weights.
 //
-// With AVX-512 BF16 sixteen bits of a row are looked up by their four nibbles in turn: in a block of 128 inputs the
-// numbers 4 j + k come out together for k = 0 … 3, and activations are prepared in that order.
+// Where groups are long enough for vectors, a vector of words is looked up by its first numbers, then by its second, and
+// so on: so activations are prepared in that order. Words are 16 bits with AVX-512 BF16 (in a block of 128 inputs the
+// numbers 4 j + k come out together), else 32 bits.
 #include "kernels/gemm.h"
 
 namespace eightfold::EIGHTFOLD_ISA {
@@ -34,7 +35,8 @@ void scales_of(const Matrix& w, int64_t row, int64_t first, int64_t count, float
 }
 
 // What a panel leads to: the next one of the same block of K, the first of the next block, or another matrix.
-Upcoming after_panel(const Matrix& w, int64_t first, int64_t n, int64_t columns, int64_t k, int64_t part, Upcoming after) {
+Upcoming after_panel(const Matrix& w, int64_t first, int64_t n, int64_t columns, int64_t k, int64_t part,
+                     Upcoming after) {
   const bool last = n + 2 * kTileColumns > columns;
   if (last && k + part == w.cols) return after;
   return {last ? packed_at(w, first, k + part) : packed_at(w, first + n + kTileColumns, k), w.stride};
@@ -111,166 +113,246 @@ void float_product(const Matrix& w, bool round, const float* x, int64_t x_stride
   }
 }
 
+#if EIGHTFOLD_LEVEL >= 1
+// A lookup takes a line of weights, G groups of them, and gives `kSteps` vectors for the products of D; the order in
+// which it gives them is that of activations in blocks of kLine.
+
+// Each int32's number K, in the lane of that int32.
+template <bool kRound>
+struct FloatLookup {
+  using D = Wide;
+  static constexpr int64_t kLine = 8 * VL;
+  static constexpr int kSteps = 8, kGroups = 1;
+
+  template <int K>
+  EF_INLINE D::WV get() const {
+#if EIGHTFOLD_LEVEL >= 2  // of an index four bits are heeded
+    return {_mm512_permutexvar_ps(K ? _mm512_srli_epi32(line, 4 * K) : line, table)};
+#else  // of an index three bits are heeded; the fourth, as the sign, chooses
+    const __m256i index = K ? _mm256_srli_epi32(line, 4 * K) : line;
+    const __m256 upper = _mm256_castsi256_ps(K < 7 ? _mm256_slli_epi32(line, 28 - 4 * K) : line);
+    return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(table, index), _mm256_permutevar8x32_ps(high, index), upper)};
+#endif
+  }
+
+  static EF_INLINE vf entries(const float* numbers, float scale) {
+    const vf exact = mul(load(numbers), set1(scale));
+    return kRound ? rounded_to_bf16(exact) : exact;
+  }
+
+#if EIGHTFOLD_LEVEL >= 2
+  EF_INLINE FloatLookup(const char* at, int64_t weights, const float* scales)
+      : line(weights >= kLine ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi32(first_lanes(weights / 8), at)),
+        table(entries(kNumbers, scales[0])) {}
+  __m512i line;
+  vf table;
+#else
+  EF_INLINE FloatLookup(const char* at, int64_t weights, const float* scales)
+      : table(entries(kNumbers, scales[0])), high(entries(kNumbers + 8, scales[0])) {
+    if (weights >= kLine) {
+      line = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+    } else {
+      alignas(32) int32_t words[8] = {};
+      std::memcpy(words, at, static_cast<size_t>(weights / 2));
+      line = _mm256_load_si256(reinterpret_cast<const __m256i*>(words));
+    }
+  }
+  __m256i line;
+  vf table, high;
+#endif
+};
+
 #if EIGHTFOLD_LEVEL >= 3
-using Narrow = DotBf16<bf16>;
-constexpr int64_t kLookup = 128;                        // weights of a lookup: a cache line
-constexpr int64_t kScales = Narrow::kBlock / kSmallestGroup;  // of a row of a block, at most
-
-// A line of weights as four vectors of bf16, by G tables of sixteen: its groups.
+// Of each 16 bits number K, in the lane of these 16 bits; tables of sixteen for G groups of a line.
 template <int G>
-struct Lookup {
-  __m512i line, low, high;
+struct Bf16Lookup {
+  using D = DotBf16<bf16>;
+  static constexpr int64_t kLine = 128;
+  static constexpr int kSteps = 4, kGroups = G;
 
-  EF_INLINE Lookup(__m512i packed, const float* scales) : line(packed) {
-    const vf numbers = load(kNumbers);
-    const vf first = mul(numbers, set1(scales[0]));
+  EF_INLINE Bf16Lookup(const char* at, int64_t weights, const float* scales)
+      : line(weights >= kLine ? _mm512_loadu_si512(at)
+                              : _mm512_maskz_loadu_epi32(first_lanes(weights / 8), at)) {
+    const vf numbers = load(kNumbers), first = mul(numbers, set1(scales[0]));
     low = pairs_of(first, G == 1 ? first : mul(numbers, set1(scales[G > 1]))).v;
     if constexpr (G == 4) high = pairs_of(mul(numbers, set1(scales[2])), mul(numbers, set1(scales[3]))).v;
   }
 
   template <int K>
-  EF_INLINE Pairs get() const {
-    const __m512i nibbles = K == 0 ? line : _mm512_srli_epi16(line, 4 * K);
+  EF_INLINE D::WV get() const {
+    const __m512i nibbles = K ? _mm512_srli_epi16(line, 4 * K) : line;
     if constexpr (G == 1) {  // of an index five bits are heeded, and both halves of the table are the same
       return {_mm512_permutexvar_epi16(nibbles, low)};
     } else {
-      const __m512i lanes = _mm512_set_epi16(
-          G * 31 / 32 << 4, G * 30 / 32 << 4, G * 29 / 32 << 4, G * 28 / 32 << 4, G * 27 / 32 << 4, G * 26 / 32 << 4,
-          G * 25 / 32 << 4, G * 24 / 32 << 4, G * 23 / 32 << 4, G * 22 / 32 << 4, G * 21 / 32 << 4, G * 20 / 32 << 4,
-          G * 19 / 32 << 4, G * 18 / 32 << 4, G * 17 / 32 << 4, G * 16 / 32 << 4, G * 15 / 32 << 4, G * 14 / 32 << 4,
-          G * 13 / 32 << 4, G * 12 / 32 << 4, G * 11 / 32 << 4, G * 10 / 32 << 4, G * 9 / 32 << 4, G * 8 / 32 << 4,
-          G * 7 / 32 << 4, G * 6 / 32 << 4, G * 5 / 32 << 4, G * 4 / 32 << 4, G * 3 / 32 << 4, G * 2 / 32 << 4,
-          G * 1 / 32 << 4, 0);
+      static constexpr Lanes lanes;
       const __m512i index =  // (nibbles & 15) | lanes
-          _mm512_ternarylogic_epi32(nibbles, _mm512_set1_epi16(15), lanes, 0xea);
+          _mm512_ternarylogic_epi32(nibbles, _mm512_set1_epi16(15), _mm512_load_si512(lanes.table), 0xea);
       if constexpr (G == 2) return {_mm512_permutexvar_epi16(index, low)};
       return {_mm512_permutex2var_epi16(low, index, high)};
     }
   }
-};
 
-// A few rows of weights of a block of K, and their scales in floats: G for each line of weights.
-template <int N>
+ private:
+  struct Lanes {  // where the table of each lane's group begins
+    alignas(64) uint16_t table[32] = {};
+    constexpr Lanes() {
+      for (int i = 0; i < 32; i++) table[i] = static_cast<uint16_t>(i * G / 32 * 16);
+    }
+  };
+  __m512i line, low, high;
+};
+#endif
+
+// A few rows of weights of a block of K, and their scales in floats: those of a line after those of the line before.
+template <class L, int N>
 struct Rows {
-  const char* packed;  // of the first row
-  int64_t stride;      // bytes
-  int64_t length;      // weights of a row
+  static constexpr int64_t kScales = L::D::kBlock / L::kLine * L::kGroups;  // of a row
+  const char* packed;                                                      // of the first row
+  int64_t stride;                                                          // bytes
+  int64_t length;                                                          // weights of a row
   float scales[N * kScales];
-};
 
-template <int G, int N>
-EF_INLINE void rows_of(const Matrix& w, int64_t row, int64_t k, int64_t part, Rows<N>& rows) {
-  rows.packed = packed_at(w, row, k);
-  rows.stride = w.stride;
-  rows.length = part;
-  const int64_t lines = (part + kLookup - 1) / kLookup, count = (part + w.groups.size - 1) / w.groups.size;
-  for (int n = 0; n < N; n++) {
-    float* to = rows.scales + n * kScales;
-    if (w.groups.size == w.cols) {
-      scales_of(w, row + n, 0, 1, to);
-      for (int64_t i = 1; i < lines; i++) to[i] = to[0];
-    } else {
-      scales_of(w, row + n, k / w.groups.size, count, to);
-      for (int64_t i = count; i < lines * G; i++) to[i] = 0.f;  // for activations that are zeros
+  Rows(const Matrix& w, int64_t row, int64_t k, int64_t part)
+      : packed(packed_at(w, row, k)), stride(w.stride), length(part) {
+    constexpr int64_t span = L::kLine / L::kGroups;  // weights of each of our scales
+    const int64_t all = (part + L::kLine - 1) / L::kLine * L::kGroups;
+    const bool single = w.groups.size == w.cols;
+    const int64_t group = single ? part : w.groups.size, count = (part + group - 1) / group;
+    for (int n = 0; n < N; n++) {
+      float* to = scales + n * kScales;
+      if (group == span) {
+        scales_of(w, row + n, k / group, count, to);
+        for (int64_t i = count; i < all; i++) to[i] = 0.f;  // for activations that are zeros
+      } else {
+        float own[kScales];
+        scales_of(w, row + n, single ? 0 : k / group, count, own);
+        for (int64_t i = 0; i < all; i++) to[i] = own[smaller(i * span / group, count - 1)];
+      }
     }
   }
-}
-
-EF_INLINE __m512i load_line(const char* at, int64_t weights) {
-  if (weights >= kLookup) return _mm512_loadu_si512(at);
-  return _mm512_maskz_loadu_epi8((1ull << weights / 2) - 1, at);
-}
+};
 
 // M tokens × N rows of weights, as `tile` has it.
-template <int G, int M, int N>
-void packed_tile(const bf16* x, int64_t x_stride, const Rows<N>& w, bool add_to, float* c, Upcoming next) {
+template <class L, int M, int N>
+void packed_tile(const typename L::D::X* x, int64_t x_stride, const Rows<L, N>& w, bool add_to, float* c,
+                 Upcoming next) {
+  using D = typename L::D;
   vf acc[M][N];
   EF_UNROLL
   for (int m = 0; m < M; m++) {
     EF_UNROLL
-    for (int n = 0; n < N; n++) acc[m][n] = zero();
+    for (int n = 0; n < N; n++) acc[m][n] = D::start();
   }
   const char* at = w.packed;
   const float* scales = w.scales;
-  for (int64_t left = w.length; left > 0; left -= kLookup) {
+  for (int64_t left = w.length; left > 0; left -= L::kLine) {
     EF_UNROLL
     for (int n = 0; n < N; n++) {
       if (N > 1) __builtin_prefetch(next.at + n * next.stride, 0, 3);
-      const Lookup<G> look(load_line(at + n * w.stride, left), scales + n * kScales);
-      const auto step = [&](int k, Pairs weights) EF_LAMBDA {
+      const L look(at + n * w.stride, left, scales + n * Rows<L, N>::kScales);
+      const auto step = [&](int k, typename D::WV weights) EF_LAMBDA {
         EF_UNROLL
-        for (int m = 0; m < M; m++) dot_pairs(acc[m][n], load_pairs(x + m * x_stride + 32 * k), weights);
+        for (int m = 0; m < M; m++) D::dot(acc[m][n], D::load_x(x + m * x_stride + k * D::kStep), weights);
       };
       step(0, look.template get<0>());
       step(1, look.template get<1>());
       step(2, look.template get<2>());
       step(3, look.template get<3>());
+      if constexpr (L::kSteps == 8) {
+        step(4, look.template get<4>());
+        step(5, look.template get<5>());
+        step(6, look.template get<6>());
+        step(7, look.template get<7>());
+      }
     }
-    at += kLookup / 2, next.at += kLookup / 2, x += kLookup, scales += G;
+    at += L::kLine / 2, next.at += L::kLine / 2, x += L::kLine, scales += L::kGroups;
   }
   store_tile<M, N>(acc, add_to, c, kMostColumns);
 }
 
-template <int G, int N, int M = kTileRows>
-EF_INLINE void packed_tile_of(int64_t rows, const bf16* x, int64_t x_stride, const Rows<N>& w, bool add_to, float* c,
-                              Upcoming next) {
+template <class L, int N, int M = kTileRows>
+EF_INLINE void packed_tile_of(int64_t rows, const typename L::D::X* x, int64_t x_stride, const Rows<L, N>& w,
+                              bool add_to, float* c, Upcoming next) {
   if (rows == M) {
-    packed_tile<G, M, N>(x, x_stride, w, add_to, c, next);
+    packed_tile<L, M, N>(x, x_stride, w, add_to, c, next);
   } else if constexpr (M > 1) {
-    packed_tile_of<G, N, M - 1>(rows, x, x_stride, w, add_to, c, next);
+    packed_tile_of<L, N, M - 1>(rows, x, x_stride, w, add_to, c, next);
   }
 }
 
-template <int G, int N>
-void packed_panel(const Matrix& w, int64_t row, const bf16* x, int64_t x_stride, int64_t rows, int64_t k, int64_t part,
-                  float* c, Upcoming next) {
-  Rows<N> own;
-  rows_of<G>(w, row, k, part, own);
+EF_INLINE void store_step(float* to, DotFloat<float>::WV w) { store(to, w.v); }
+#if EIGHTFOLD_LEVEL >= 3
+EF_INLINE void store_step(bf16* to, Pairs w) { store_pairs(to, w); }
+#endif
+
+template <class L, int N>
+void packed_panel(const Matrix& w, int64_t row, const typename L::D::X* x, int64_t x_stride, int64_t rows, int64_t k,
+                  int64_t part, float* c, Upcoming next) {
+  using D = typename L::D;
+  const Rows<L, N> own(w, row, k, part);
   if (rows <= kTileRows)
-    return packed_tile_of<G, N>(rows, x + k, x_stride, own, k > 0, c, next.at ? next : Upcoming{own.packed, own.stride});
-  constexpr int64_t stride = Narrow::kBlock + 32;  // rows apart in the first-level cache
-  alignas(64) bf16 wide[N * stride];
+    return packed_tile_of<L, N>(rows, x + k, x_stride, own, k > 0, c,
+                                next.at ? next : Upcoming{own.packed, own.stride});
+  constexpr int64_t stride = D::kBlock + 32;  // rows apart in the first-level cache
+  alignas(64) typename D::W wide[N * stride];
   for (int n = 0; n < N; n++) {
-    for (int64_t i = 0; i < part; i += kLookup) {
-      const Lookup<G> look(load_line(own.packed + n * own.stride + i / 2, part - i),
-                           own.scales + n * kScales + i / kLookup * G);
-      bf16* to = wide + n * stride + i;
-      store_pairs(to, look.template get<0>());
-      store_pairs(to + 32, look.template get<1>());
-      store_pairs(to + 64, look.template get<2>());
-      store_pairs(to + 96, look.template get<3>());
+    typename D::W* to = wide + n * stride;
+    for (int64_t i = 0; i < part; i += L::kLine, to += L::kLine) {
+      const L look(own.packed + n * own.stride + i / 2, part - i,
+                   own.scales + n * Rows<L, N>::kScales + i / L::kLine * L::kGroups);
+      store_step(to, look.template get<0>());
+      store_step(to + D::kStep, look.template get<1>());
+      store_step(to + 2 * D::kStep, look.template get<2>());
+      store_step(to + 3 * D::kStep, look.template get<3>());
+      if constexpr (L::kSteps == 8) {
+        store_step(to + 4 * D::kStep, look.template get<4>());
+        store_step(to + 5 * D::kStep, look.template get<5>());
+        store_step(to + 6 * D::kStep, look.template get<6>());
+        store_step(to + 7 * D::kStep, look.template get<7>());
+      }
     }
   }
-  const int64_t length = round_up(part, kLookup);
-  panel<Narrow, N>(x + k, x_stride, rows, wide, stride, length, k > 0, c, kMostColumns, next, part / 2);
+  panel<D, N>(x + k, x_stride, rows, wide, stride, round_up(part, L::kLine), k > 0, c, kMostColumns, next, part / 2);
 }
 
-template <int G>
-void packed_product(const Matrix& w, const bf16* x, int64_t x_stride, int64_t rows, int64_t first, int64_t columns,
+template <class L>
+void packed_product(const Matrix& w, const char* from, int64_t stride, int64_t rows, int64_t first, int64_t columns,
                     float* c, Upcoming after) {
-  for (int64_t k = 0; k < w.cols; k += Narrow::kBlock) {
-    const int64_t part = smaller(Narrow::kBlock, w.cols - k);
+  using X = typename L::D::X;
+  const X* x = reinterpret_cast<const X*>(from);
+  const int64_t x_stride = stride / static_cast<int64_t>(sizeof(X));
+  for (int64_t k = 0; k < w.cols; k += L::D::kBlock) {
+    const int64_t part = smaller(L::D::kBlock, w.cols - k);
     int64_t n = 0;
     for (; n + kTileColumns <= columns; n += kTileColumns)
-      packed_panel<G, kTileColumns>(w, first + n, x, x_stride, rows, k, part, c + n,
+      packed_panel<L, kTileColumns>(w, first + n, x, x_stride, rows, k, part, c + n,
                                     after_panel(w, first, n, columns, k, part, after));
-    for (; n < columns; n++) packed_panel<G, 1>(w, first + n, x, x_stride, rows, k, part, c + n, {});
+    for (; n < columns; n++) packed_panel<L, 1>(w, first + n, x, x_stride, rows, k, part, c + n, {});
   }
 }
 #endif
 
 }  // namespace
 
-void prepare_packed([[maybe_unused]] const float* x, [[maybe_unused]] int64_t width, [[maybe_unused]] char* to) {
-#if EIGHTFOLD_LEVEL >= 3
-  bf16* out = reinterpret_cast<bf16*>(to);
-  for (int64_t i = 0; i < width; i += kLookup, out += kLookup) {
-    alignas(64) uint16_t straight[kLookup] = {}, turned[kLookup];
-    const int64_t count = smaller(kLookup, width - i);
-    for (int64_t j = 0; j < count; j += VL)
-      store(reinterpret_cast<bf16*>(straight + j), load_n(x + i + j, smaller<int64_t>(VL, count - j)));
-    for (int j = 0; j < kLookup; j++) turned[j % 4 * 32 + j / 4] = straight[j];
-    std::memcpy(out, turned, sizeof turned);
+void prepare_packed([[maybe_unused]] Input input, [[maybe_unused]] const float* x, [[maybe_unused]] int64_t width,
+                    [[maybe_unused]] char* to) {
+#if EIGHTFOLD_LEVEL >= 1
+  const bool narrow = input == Input::bf16_packed;
+  constexpr int64_t most = 128;
+  const int64_t line = narrow ? most : FloatLookup<false>::kLine, numbers = narrow ? 4 : 8, lanes = line / numbers;
+  for (int64_t i = 0; i < width; i += line) {
+    alignas(64) float turned[most] = {};
+    const int64_t count = smaller(line, width - i);
+    for (int64_t j = 0; j < count; j++) turned[j % numbers * lanes + j / numbers] = x[i + j];
+    for (int64_t j = 0; j < line; j += VL) {
+      const vf exact = load(turned + j);
+      if (narrow) {
+        store(reinterpret_cast<bf16*>(to) + i + j, exact);
+      } else {
+        const bool round = input == Input::f32_rounded_packed;
+        store(reinterpret_cast<float*>(to) + i + j, round ? rounded_to_bf16(exact) : exact);
+      }
+    }
   }
 #endif
 }
@@ -279,21 +361,31 @@ void multiply_int4(const Matrix& w, Input input, const Prepared& x, int64_t x_fi
                    int64_t count, float* out, int64_t out_stride, void* scratch, Upcoming after) {
   float* c = out_stride == kMostColumns ? out : static_cast<float*>(scratch);
   const char* from = x.data + x_first * x.stride;
+  [[maybe_unused]] const auto run = [&](auto function) { function(w, from, x.stride, rows, first, count, c, after); };
+  switch (input) {
 #if EIGHTFOLD_LEVEL >= 3
-  if (input == Input::bf16_packed) {
-    const bf16* bf = reinterpret_cast<const bf16*>(from);
-    const int64_t stride = x.stride / 2;
-    if (w.groups.size == 32 && w.cols > 32) {
-      packed_product<4>(w, bf, stride, rows, first, count, c, after);
-    } else if (w.groups.size == 64 && w.cols > 64) {
-      packed_product<2>(w, bf, stride, rows, first, count, c, after);
-    } else {
-      packed_product<1>(w, bf, stride, rows, first, count, c, after);
-    }
-  } else
+    case Input::bf16_packed:
+      if (w.groups.size == 32 && w.cols > 32) {
+        run(packed_product<Bf16Lookup<4>>);
+      } else if (w.groups.size == 64 && w.cols > 64) {
+        run(packed_product<Bf16Lookup<2>>);
+      } else {
+        run(packed_product<Bf16Lookup<1>>);
+      }
+      break;
 #endif
-    float_product(w, input == Input::f32_rounded, reinterpret_cast<const float*>(from), x.stride / 4, rows, first,
-                  count, c, after);
+#if EIGHTFOLD_LEVEL >= 1
+    case Input::f32_packed:
+      run(packed_product<FloatLookup<false>>);
+      break;
+    case Input::f32_rounded_packed:
+      run(packed_product<FloatLookup<true>>);
+      break;
+#endif
+    default:
+      float_product(w, input == Input::f32_rounded, reinterpret_cast<const float*>(from), x.stride / 4, rows, first,
+                    count, c, after);
+  }
   if (c == out) return;
   for (int64_t m = 0; m < rows; m++)
     std::memcpy(out + m * out_stride, c + m * kMostColumns, static_cast<size_t>(count) * sizeof(float));

@@ -132,6 +132,7 @@ extern const Kernels kernels;
 const Kernels kernels = {
     EF_TEXT(EIGHTFOLD_ISA),
     EIGHTFOLD_LEVEL >= 3,
+    EIGHTFOLD_LEVEL >= 1 ? 8 * VL : 0,
     sizeof(quantized),
     rms_norm,
     rope_write,
