@@ -570,7 +570,7 @@ def test_isa_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EIGHTFOLD_CPU_ISA", "portable")
     ops = CpuOps(threads=1)
     assert ops.isa == "portable"
-    for scheme in ("dense", "w8a8", "w8a16"):
+    for scheme in ("dense", "w8a8", "w8a16", "w4a16-g64"):
         assert ops.kernel("linear", scheme) == ops.kernel("moe", scheme) == "native portable"
     assert ops.kernel("embed", "dense") == "torch"
     monkeypatch.setenv("EIGHTFOLD_CPU_ISA", "avx1024")

@@ -33,8 +33,6 @@ from tiny import Bare
 IDS = list(range(3, 60))
 GROUPS = [*map(str, W4A16_GROUPS), "channel"]
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*has no native kernel")
-
 
 def random(rows: int, columns: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
