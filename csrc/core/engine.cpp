@@ -10,7 +10,8 @@ namespace {
 
 // Jobs below about this many elementary steps are done sooner than other threads would wake.
 constexpr int64_t kSmall = 1 << 15;
-constexpr int64_t kGroupSlots = kSharedRows;  // of a moe, (token, expert) pairs whose inner values exist at once
+constexpr int64_t kSegmentSlots = kSharedRows;  // of a moe, (token, expert) pairs of an expert that go together
+constexpr int64_t kGroupBytes = 15 << 20;       // of inner values that exist at once
 
 // Sizes of several arrays in one piece of memory.
 struct Layout {
@@ -252,11 +253,13 @@ void ExpertSet::run_block(Moe args, const int32_t* ids, const Exchange* exchange
   args.slots = end - ours;
   std::vector<MoeSegment> segments;
   std::vector<int64_t> groups{0};
+  const int64_t fit = kGroupBytes / (args.inner * 4) / kSegmentSlots * kSegmentSlots;
+  const int64_t group_slots = exchange ? kSharedRows : std::max(kSegmentSlots, fit);
   int64_t in_group = 0, most = 0;
   for (int64_t e = 0; e < count; e++)
-    for (int64_t first = starts[first_ + e]; first < starts[first_ + e + 1]; first += kGroupSlots) {
-      const int64_t slots = std::min(kGroupSlots, starts[first_ + e + 1] - first);
-      if (in_group + slots > kGroupSlots) {
+    for (int64_t first = starts[first_ + e]; first < starts[first_ + e + 1]; first += kSegmentSlots) {
+      const int64_t slots = std::min(kSegmentSlots, starts[first_ + e + 1] - first);
+      if (in_group + slots > group_slots) {
         groups.push_back(static_cast<int64_t>(segments.size()));
         in_group = 0;
       }

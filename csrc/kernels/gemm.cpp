@@ -1,5 +1,7 @@
 #include "kernels/gemm.h"
 
+#include "kernels/packed.h"
+
 namespace eightfold::EIGHTFOLD_ISA {
 namespace {
 
@@ -90,6 +92,17 @@ void multiply_floats(const Matrix& w, const Prepared& x, int64_t x_first, int64_
                      float* out, int64_t out_stride, void* scratch, Upcoming after) {
   using X = typename D::X;
   const int64_t x_stride = x.stride / static_cast<int64_t>(sizeof(X));
+  if constexpr (std::is_same_v<X, float>) {
+    if (rows >= kPackedFrom && w.cols <= kPackedMost) {
+      static_assert(D::kBlock >= kPackedMost && D::kStep == VL, "the same sums in the same order");
+      float* sums = w.scale ? static_cast<float*>(scratch) : out;
+      packed_product(reinterpret_cast<const X*>(x.data) + x_first * x_stride, x_stride, rows,
+                     static_cast<const typename D::W*>(w.data) + first * w.stride, w.stride, count, w.cols, sums,
+                     w.scale ? kMostColumns : out_stride);
+      if (w.scale) scale_columns(sums, rows, count, w.scale + first, out, out_stride);
+      return;
+    }
+  }
   float* c = out_stride == kMostColumns ? out : static_cast<float*>(scratch);
   product<D>(reinterpret_cast<const X*>(x.data) + x_first * x_stride, x_stride, rows,
              static_cast<const typename D::W*>(w.data) + first * w.stride, w.stride, count, w.cols, c, kMostColumns,

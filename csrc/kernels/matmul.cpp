@@ -156,6 +156,12 @@ Chunk chunk_of(const Linear& a, int64_t item) {
   return chunk;
 }
 
+// Where the columns make few items, the tokens are cut too, or threads would wait for the last one.
+int64_t parts_of(int64_t chunks, const Blocks& blocks) {
+  constexpr int64_t enough = 32;
+  return smaller(blocks.count, larger<int64_t>(1, enough / chunks));
+}
+
 void combine_tokens(const Moe& a, Worker& worker) {
   int64_t item;
   const int64_t items = (a.tokens + kRowsOfItem - 1) / kRowsOfItem;
@@ -184,21 +190,24 @@ void linear(const Linear& a, Worker& worker) {
   int64_t items = 0;
   for (int i = 0; i < a.count; i++) items += chunks_of(a.weights[i].rows);
   const Blocks blocks(a.tokens);
+  const int64_t parts = parts_of(items, blocks);
+  items *= parts;
   int64_t item, next;
   while (worker.next(items, &item)) {
-    const Chunk chunk = chunk_of(a, item);
+    const Chunk chunk = chunk_of(a, item / parts);
+    const int64_t part = item % parts, begin = blocks.count * part / parts, end = blocks.count * (part + 1) / parts;
     Upcoming upcoming;
     if (worker.peek(items, &next)) {
-      const Chunk other = chunk_of(a, next);
+      const Chunk other = chunk_of(a, next / parts);
       upcoming = rows_from(a.weights[other.which], other.first);
     }
     const int which = chunk.which;
     const Matrix& w = a.weights[which];
     const int64_t first = chunk.first, count = smaller(kMostColumns, w.rows - first);
-    for (int64_t b = 0; b < blocks.count; b++) {
+    for (int64_t b = begin; b < end; b++) {
       const int64_t from = blocks.start(b), rows = blocks.start(b + 1) - from;
       const Prepared& x = a.prepared[static_cast<int>(a.input[which])];
-      const Upcoming after = b + 1 < blocks.count ? rows_from(w, first) : upcoming;
+      const Upcoming after = b + 1 < end ? rows_from(w, first) : upcoming;
       if (a.sums) {
         multiply_integers(w, x, from, rows, first, count, a.sums + from * w.rows + first, w.rows, scratch, after);
       } else {
