@@ -61,13 +61,36 @@ Work<P> lay_out(const Attention& a, Worker& worker) {
   return w;
 }
 
+// `count` query rows → [steps, kTileQueries], VL elements of each at a time.
+template <class W>
+void put_tile(const W& w, const float* const* rows, int count, float* to) {
+  for (int64_t s = 0; s < w.steps; s += VL) {
+    vf r[VL];
+    EF_UNROLL
+    for (int i = 0; i < VL; i++) r[i] = i < count ? load_part(rows[i] + s, w.dim - s) : zero();
+    transpose(r);
+    EF_UNROLL
+    for (int i = 0; i < VL; i++) store_n(to + (s + i) * kTileQueries, r[i], kTileQueries);
+  }
+}
+
 template <class P>
 void pack_queries(const Attention& a, const Item& item, Work<P>& w) {
   const int64_t group = a.heads / a.kv_heads, rows = item.tokens * group;
-  for (int64_t i = 0; i < rows; i++) {
-    const float* q = a.q + ((item.token + i / group) * a.heads + item.head * group + i % group) * a.dim;
+  const float* q = a.q + (item.token * a.heads + item.head * group) * a.dim;
+  const float* tile_rows[kTileQueries];
+  for (int64_t i = 0, g = 0; i < rows; i++) {
     auto* tile = w.queries + i / kTileQueries * w.steps * kTileQueries * P::kParts;
-    P::put_query(w, i, q, tile + i % kTileQueries * P::kParts);
+    const int in_tile = static_cast<int>(i % kTileQueries);
+    if constexpr (P::kPer == 1) {
+      tile_rows[in_tile] = q;
+      if (in_tile == kTileQueries - 1 || i == rows - 1) put_tile(w, tile_rows, in_tile + 1, tile);
+    } else {
+      P::put_query(w, i, q, tile + in_tile * P::kParts);
+    }
+    const bool last_of_group = ++g == group;
+    if (last_of_group) g = 0;
+    q += last_of_group ? (a.heads - group + 1) * a.dim : a.dim;
   }
 }
 
@@ -127,11 +150,12 @@ struct Hide {
 };
 
 template <class P, int M = kTileQueries>
-void block_tile_of(int rows, Work<P>& w, int64_t first, bool packed, float scale, const Hide<P>& hide) {
+void block_tile_of(int rows, Work<P>& w, int64_t first, bool packed, int64_t limit, float scale,
+                   const Hide<P>& hide) {
   if (rows == M) {
-    block_tile<P, M>(w, first, packed, scale, hide);
+    block_tile<P, M>(w, first, packed, limit, scale, hide);
   } else if constexpr (M > 1) {
-    block_tile_of<P, M - 1>(rows, w, first, packed, scale, hide);
+    block_tile_of<P, M - 1>(rows, w, first, packed, limit, scale, hide);
   }
 }
 
@@ -158,7 +182,8 @@ void visit_block(const Attention& a, const Item& item, int64_t block, float scal
     if (a.window && begin + kKvBlock <= own_first - a.window + 1) continue;
     const bool all = begin + kKvBlock - 1 <= own_first && (!a.window || begin > own_last - a.window);
     const Hide<P> hide{a, w, group, first, item.position, block, all};
-    block_tile_of<P>(static_cast<int>(count), w, first, packed, scale, hide);
+    const int64_t limit = smaller(kKvBlock, round_up(own_last - begin + 1, kLimitStep));
+    block_tile_of<P>(static_cast<int>(count), w, first, packed, limit, scale, hide);
   }
 }
 
@@ -200,6 +225,13 @@ void clear(Work<P>& w, float* out, float* most, float* weight, int64_t rows) {
 }
 
 template <class P>
+void swap_sums(Work<P>& w) {
+  float *out = w.out, *most = w.most, *weight = w.weight;
+  w.out = w.total, w.most = w.total_most, w.weight = w.total_weight;
+  w.total = out, w.total_most = most, w.total_weight = weight;
+}
+
+template <class P>
 void run_item(const Attention& a, const Item& item, Work<P>& w) {
   const int64_t group = a.heads / a.kv_heads, rows = item.tokens * group;
   const int64_t last = item.position + item.tokens - 1;
@@ -208,19 +240,26 @@ void run_item(const Attention& a, const Item& item, Work<P>& w) {
   constexpr int64_t blocks = kSegment / kKvBlock;
   pack_queries(a, item, w);
   w.found = larger(item.segment_begin * blocks, from / kKvBlock) - 1;
-  clear(w, w.total, w.total_most, w.total_weight, rows);
+  clear(w, w.out, w.most, w.weight, rows);
+  bool first = true;
   for (int64_t segment = larger(item.segment_begin, from / kSegment);
-       segment < smaller(item.segment_end, last / kSegment + 1); segment++) {
-    clear(w, w.out, w.most, w.weight, rows);
+       segment < smaller(item.segment_end, last / kSegment + 1); segment++, first = false) {
+    if (!first) clear(w, w.out, w.most, w.weight, rows);
     for (int64_t b = larger(segment * blocks, from / kKvBlock);
          b < smaller((segment + 1) * blocks, last / kKvBlock + 1); b++)
       visit_block(a, item, b, scale, w);
+    if (first) {  // nothing to merge it with: it is the total so far
+      swap_sums(w);
+      continue;
+    }
     for (int64_t i = 0; i < rows; i++)
       merge(w.total + i * w.padded, w.total_most[i], w.total_weight[i], w.out + i * w.padded, w.most[i], w.weight[i],
             w.padded);
   }
-  for (int64_t i = 0; i < rows; i++) {
-    const int64_t at = (item.token + i / group) * a.heads + item.head * group + i % group;
+  if (first) swap_sums(w);
+  int64_t at = item.token * a.heads + item.head * group;
+  for (int64_t i = 0, g = 0; i < rows; i++, at++) {
+    if (g++ == group) g = 1, at += a.heads - group;
     if (!item.partial) {
       finish<P>(w.total + i * w.padded, w.total_weight[i], a.dim, a.out + at * a.dim);
       continue;

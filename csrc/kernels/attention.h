@@ -15,6 +15,7 @@ namespace eightfold::EIGHTFOLD_ISA {
 
 constexpr int kTileQueries = VL == 16 ? 6 : 4;   // query rows of a tile
 constexpr int kScoreVectors = VL == 16 ? 4 : 2;  // vectors of positions, and of output elements, in a register tile
+constexpr int kLimitStep = 2 * VL;               // positions of a block are looked at in such steps
 constexpr float kNothing = -1e30f;               // maximum of no scores; finite, so that differences stay defined
 
 template <class T>
@@ -74,10 +75,6 @@ struct FloatProducts {
   template <class N>
   static EF_INLINE void load_values(const T* const* rows, int64_t v, N n, vf* many) {
     many[0] = load_key(rows[0] + v * VL, n);
-  }
-  template <class W>
-  static EF_INLINE void put_query(const W& w, int64_t, const float* q, Lane* to) {
-    for (int64_t s = 0; s < w.steps; s++) to[s * kTileQueries] = s < w.dim ? q[s] : 0.f;
   }
   static EF_INLINE void put_probabilities(Lane* to, vf first, vf second) {
     store(to, first);
@@ -216,13 +213,14 @@ void pack_values(const Work<P>& w) {
   }
 }
 
-// Scores of query rows [first, first + M) from packed keys.
-template <class P, int M>
-void score_packed(const Work<P>& w, int64_t first) {
-  constexpr int kRows = M * P::kParts, kVectors = kScoreVectors / P::kParts;
+// Scores of query rows [first, first + M) from packed keys at positions [j, limit), as far as whole tiles of kVectors go;
+// returns how far that is.
+template <class P, int M, int kVectors>
+int64_t score_packed(const Work<P>& w, int64_t first, int64_t j, int64_t limit) {
+  constexpr int kRows = M * P::kParts;
   const float* keys = reinterpret_cast<const float*>(w.keys);
   const auto* queries = w.queries + first * w.steps * P::kParts;
-  for (int64_t j = 0; j < kKvBlock; j += kVectors * VL) {
+  for (; j + kVectors * VL <= limit; j += kVectors * VL) {
     typename P::Sum acc[kVectors][kRows];
     EF_UNROLL
     for (int r = 0; r < kRows; r++) {
@@ -247,16 +245,18 @@ void score_packed(const Work<P>& w, int64_t first) {
         store(w.scores + m * kKvBlock + j + v * VL, P::score(w, first + m, acc[v] + m * P::kParts, j + v * VL));
     }
   }
+  return j;
 }
 
 // The same for a tile that has the block for itself: keys go from the page through registers into the sums. Two groups of
 // positions take turns, because the sums of one would wait for each other. The next block is fetched evenly meanwhile,
 // in the order of the memory.
 template <class P, int M>
-void score_rows(const Work<P>& w) {
+void score_rows(const Work<P>& w, int64_t limit) {
   constexpr int kRows = M * P::kParts, kGroups = 2;
   const int64_t ahead = larger<int64_t>(1, kGroups * VL * VL / w.steps);  // rows to fetch at a time
-  for (int64_t j = 0; j < kKvBlock; j += kGroups * VL) {
+  static_assert(kLimitStep % (kGroups * VL) == 0, "the groups end at the limit");
+  for (int64_t j = 0; j < limit; j += kGroups * VL) {
     typename P::Sum acc[kGroups][kRows];
     EF_UNROLL
     for (int g = 0; g < kGroups; g++) {
@@ -290,13 +290,12 @@ void score_rows(const Work<P>& w) {
 
 // The probabilities of row m of a tile, relative to its maximum `now`; returns their sum.
 template <class P>
-EF_INLINE float exponentials(Work<P>& w, int m, float scale, float now) {
+EF_INLINE float exponentials(Work<P>& w, int m, float scale, float now, int64_t limit) {
   const float* scores = w.scores + m * kKvBlock;
   auto* probabilities = w.probabilities + m * (kKvBlock / P::kPer);
   const vf by = set1(scale), minus = set1(-now);
   vf total = zero();
-  EF_UNROLL
-  for (int i = 0; i < kKvBlock / VL; i += 2) {
+  for (int i = 0; i < limit / VL; i += 2) {
     vf a = exp2_of(fma(load(scores + i * VL), by, minus)), b = exp2_of(fma(load(scores + (i + 1) * VL), by, minus));
     total = add(add(total, a), b);
     if (P::kScaled) {
@@ -311,21 +310,22 @@ EF_INLINE float exponentials(Work<P>& w, int m, float scale, float now) {
 // One step of the running softmax of M rows: scores → probabilities, and in `alpha` what the sums so far are to be
 // multiplied by. All maxima come first, or each row would wait for its own.
 template <class P, int M>
-EF_INLINE void softmax_rows(Work<P>& w, float scale, float* most, float* weight, float* alpha) {
+EF_INLINE void softmax_rows(Work<P>& w, float scale, float* most, float* weight, float* alpha, int64_t limit) {
   static_assert(M <= VL, "the rows' factors are one vector");
   float now[M], change[VL] = {};
   EF_UNROLL
   for (int m = 0; m < M; m++) {
-    vf top = load(w.scores + m * kKvBlock);
-    EF_UNROLL
-    for (int i = 1; i < kKvBlock / VL; i++) top = largest(top, load(w.scores + m * kKvBlock + i * VL));
+    const float* scores = w.scores + m * kKvBlock;
+    vf top = largest(load(scores), load(scores + VL));
+    for (int64_t i = kLimitStep; i < limit; i += kLimitStep)
+      top = largest(top, largest(load(scores + i), load(scores + i + VL)));
     now[m] = larger(most[m], largest_of(top) * scale);
     change[m] = most[m] - now[m];
   }
   store(alpha, exp2_of(load(change)));
   EF_UNROLL
   for (int m = 0; m < M; m++) {
-    const float total = exponentials(w, m, scale, now[m]);
+    const float total = exponentials(w, m, scale, now[m], limit);
     weight[m] = weight[m] * alpha[m] + total;
     most[m] = now[m];
   }
@@ -359,9 +359,10 @@ struct ValueRows {
   }
 };
 
-// out [M, V vectors from v0] = out · alpha + probabilities · values
+// out [M, V vectors from v0] = out · alpha + probabilities · values of the positions below `limit`
 template <class P, int M, int V, class Values>
-EF_INLINE void value_tile(const Work<P>& w, float* out, const float* alpha, int64_t v0, const Values& values) {
+EF_INLINE void value_tile(const Work<P>& w, float* out, const float* alpha, int64_t v0, int64_t limit,
+                          const Values& values) {
   constexpr int kRows = M * P::kParts;
   typename P::Sum acc[kRows][V];
   EF_UNROLL
@@ -375,7 +376,7 @@ EF_INLINE void value_tile(const Work<P>& w, float* out, const float* alpha, int6
       }
     }
   }
-  for (int64_t j = 0; j < kKvBlock / P::kPer; j++) {
+  for (int64_t j = 0; j < limit / P::kPer; j++) {
     values.fetch_next(j, v0, V);
     vf many[V];
     EF_UNROLL
@@ -403,32 +404,37 @@ EF_INLINE void value_tile(const Work<P>& w, float* out, const float* alpha, int6
 
 // Vectors [v, end) of M rows; returns where it got to.
 template <class P, int M, int V, class Values>
-EF_INLINE int64_t value_tiles(const Work<P>& w, float* out, const float* alpha, int64_t v, int64_t end,
+EF_INLINE int64_t value_tiles(const Work<P>& w, float* out, const float* alpha, int64_t v, int64_t end, int64_t limit,
                               const Values& values) {
-  for (; v + V <= end; v += V) value_tile<P, M, V>(w, out, alpha, v, values);
+  for (; v + V <= end; v += V) value_tile<P, M, V>(w, out, alpha, v, limit, values);
   return v;
 }
 
-// Query rows [first, first + M) against the block in use, packed or not. `hide` masks scores before the softmax.
+// Query rows [first, first + M) against the positions below `limit` of the block in use, packed or not. Positions from
+// there on are hidden from all of the rows; `hide` masks the scores of others before the softmax.
 template <class P, int M, class Hide>
-void block_tile(Work<P>& w, int64_t first, bool packed, float scale, const Hide& hide) {
+void block_tile(Work<P>& w, int64_t first, bool packed, int64_t limit, float scale, const Hide& hide) {
+  constexpr int kVectors = kScoreVectors / P::kParts;
   if (packed) {
-    score_packed<P, M>(w, first);
+    const int64_t j = score_packed<P, M, kVectors>(w, first, 0, limit);
+    if constexpr (kVectors > 2) score_packed<P, M, 2>(w, first, j, limit);
   } else {
-    score_rows<P, M>(w);
+    score_rows<P, M>(w, limit);
   }
   hide(M);
   float alpha[VL];
-  softmax_rows<P, M>(w, scale, w.most + first, w.weight + first, alpha);
-  constexpr int kVectors = kScoreVectors / P::kParts;
+  softmax_rows<P, M>(w, scale, w.most + first, w.weight + first, alpha, limit);
   float* out = w.out + first * w.padded;
   const int64_t vectors = w.padded / VL;
   if (packed) {
-    const int64_t v = value_tiles<P, M, kVectors>(w, out, alpha, 0, vectors, PackedValues<P>{w});
-    value_tiles<P, M, P::kGroup>(w, out, alpha, v, vectors, PackedValues<P>{w});
+    const PackedValues<P> values{w};
+    int64_t v = value_tiles<P, M, kVectors>(w, out, alpha, 0, vectors, limit, values);
+    if constexpr (kVectors > 2) v = value_tiles<P, M, 2>(w, out, alpha, v, vectors, limit, values);
+    value_tiles<P, M, P::kGroup>(w, out, alpha, v, vectors, limit, values);
   } else {
-    const int64_t v = value_tiles<P, M, kVectors>(w, out, alpha, 0, whole_vectors(w), ValueRows<P, true>{w});
-    value_tiles<P, M, P::kGroup>(w, out, alpha, v, vectors, ValueRows<P, false>{w});
+    const int64_t v =
+        value_tiles<P, M, kVectors>(w, out, alpha, 0, whole_vectors(w), limit, ValueRows<P, true>{w});
+    value_tiles<P, M, P::kGroup>(w, out, alpha, v, vectors, limit, ValueRows<P, false>{w});
   }
 }
 

@@ -102,7 +102,7 @@ struct QuadProducts {
 };
 
 template <>
-EF_INLINE float exponentials(Work<QuadProducts>& w, int m, float scale, float now) {
+EF_INLINE float exponentials(Work<QuadProducts>& w, int m, float scale, float now, int64_t) {  // all, hidden or not
   constexpr int kVectors = kKvBlock / VL;
   const vf by = set1(scale), minus = set1(-now);
   vf x[kVectors], total = zero(), most = zero();
