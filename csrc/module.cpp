@@ -190,6 +190,10 @@ NB_MODULE(_native, m) {
   m.attr("MOE_TOKENS") = kMoeTokens;
   m.def("num_threads", &usable_cpus, "Processors that this process may use.");
   m.def(
+      "want_huge_pages", [](Address data, size_t bytes) { want_huge_pages(pointer<void>(data), bytes); },
+      "Asks for huge pages under memory that nothing was written to yet.");
+  m.def("keep_freed_memory", &keep_freed_memory, "Lets the C allocator keep some freed memory for the next tensors.");
+  m.def(
       "probe_int8_peak",
       [](int threads, double ms, const std::string& isa) { return probe_operations(0, threads, ms, isa); },
       nb::arg("threads") = 0, nb::arg("ms") = 50.0, nb::arg("isa") = "", release(),
