@@ -67,6 +67,28 @@ def test_a_second_copy_leads_on_to_what_follows() -> None:
     assert pool.match([1, 2, 3, 4])[1] == copy[1]
 
 
+def test_passing_use_takes_its_own_pages_again_before_those_of_others() -> None:
+    pool = PagePool(8, 2, passing_pages=2)
+    pool.release(hold(pool, [9, 9, 8, 8]))
+    first = hold(pool, [1, 2, 3, 4, 5, 6])
+    pool.release(first, passing=True)
+    assert pool.match([1, 2, 3, 4, 5, 6]) == first and pool.num_free == 5, "what follows soon still finds them"
+    pool.release(first, passing=True)
+    for number in range(20):
+        pages = hold(pool, [10 + number, 11, 12, 13, 14, 15])
+        assert set(pages) <= {*range(2, 8)} and pool.num_free == 5
+        pool.release(pages, passing=True)
+    assert pool.match([9, 9, 8, 8]) == [0, 1]
+    assert pool.allocate(6) is not None and pool.num_free == 0
+
+
+def test_without_a_cache_pages_are_taken_again_at_once() -> None:
+    pool = PagePool(8, 2, enable_prefix_caching=False)
+    pages = hold(pool, [1, 2, 3, 4])
+    pool.release(pages)
+    assert sorted(hold(pool, [5, 6, 7, 8])) == sorted(pages)
+
+
 def test_too_many_pages_take_none() -> None:
     pool = PagePool(2, 2)
     assert pool.allocate(3) is None
@@ -86,12 +108,12 @@ def test_double_release_is_a_bug_that_shows() -> None:
 @given(st.lists(st.tuples(st.integers(0, 5), st.lists(st.integers(0, 1), min_size=1, max_size=12)), max_size=40))
 def test_any_history_keeps_the_books(history: list[tuple[int, list[int]]]) -> None:
     """Whatever is taken and released: a page in use holds what its holder thinks, and free + used = all."""
-    pool = PagePool(12, 2)
+    pool = PagePool(12, 2, passing_pages=3)
     content: dict[int, tuple[int, ...]] = {}  # full page → all tokens up to its end, as really written
     held: dict[int, tuple[list[int], list[int]]] = {}
     for who, tokens in history:
         if who in held:
-            pool.release(held.pop(who)[0])
+            pool.release(held.pop(who)[0], passing=who % 2 == 1)
             continue
         pages = pool.match(tokens)
         for index, page in enumerate(pages):

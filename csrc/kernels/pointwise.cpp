@@ -31,11 +31,21 @@ void norm_token(const RmsNorm& a, int64_t t) {
 }
 
 void rotate(const float* x, const float* cos, const float* sin, int64_t dim, bool interleaved, float* out) {
-  const int64_t half = dim / 2, step = interleaved ? 2 : 1, apart = interleaved ? 1 : half;
-  for (int64_t i = 0; i < half; i++) {
-    const float a = x[i * step], b = x[i * step + apart];
-    out[i * step] = a * cos[i] - b * sin[i];
-    out[i * step + apart] = b * cos[i] + a * sin[i];
+  const int64_t half = dim / 2;
+  if (interleaved) {
+    for (int64_t i = 0; i < half; i++) {
+      const float a = x[2 * i], b = x[2 * i + 1];
+      out[2 * i] = a * cos[i] - b * sin[i];
+      out[2 * i + 1] = b * cos[i] + a * sin[i];
+    }
+    return;
+  }
+  for (int64_t i = 0; i < half; i += VL) {
+    const int64_t left = smaller<int64_t>(VL, half - i);
+    const vf a = load_n(x + i, left), b = load_n(x + half + i, left);
+    const vf c = load_n(cos + i, left), s = load_n(sin + i, left);
+    store_n(out + i, sub(mul(a, c), mul(b, s)), left);
+    store_n(out + half + i, add(mul(b, c), mul(a, s)), left);
   }
 }
 

@@ -192,6 +192,7 @@ class Engine:
                 list(prompt),
                 len(prompt),
                 wants_prompt_logits=params.prompt_logprobs is not None and not index,
+                passing=request.passing,
                 prompt_logits_done=max(0, params.prompt_logprobs_start - 1),  # a position's logits are about the next
             ),
             sampler=SamplerState(params, random.Random(f"{seed}/{index}"), frozenset(prompt), stops),

@@ -21,6 +21,7 @@ class Sequence:
     tokens: list[int]  # prompt, then output
     num_prompt: int
     wants_prompt_logits: bool = False
+    passing: bool = False  # nobody is expected to continue it
     computed: int = 0
     cached: int = 0  # of the computed, how many came from the prefix cache at admission
     pages: list[int] = field(default_factory=list)
@@ -132,7 +133,7 @@ class Scheduler:
         return True
 
     def _give_up(self, sequence: Sequence) -> None:
-        self._pool.release(sequence.pages)
+        self._pool.release(sequence.pages, sequence.passing)
         sequence.pages = []
         sequence.computed = 0
 

@@ -208,13 +208,15 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class Request:
-    """A request as the engine takes it. Times are those of `time.perf_counter`."""
+    """A request as the engine takes it. Times are those of `time.perf_counter`. One that is `passing`, which nobody will
+    continue, leaves the prefix cache to others: only requests that follow soon find what it computed."""
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     prompt: str | None = None
     arrival_time: float = 0.0
+    passing: bool = False
 
 
 @dataclass(slots=True)

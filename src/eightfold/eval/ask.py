@@ -68,7 +68,8 @@ def run(engine: Engine, plans: Iterable[tuple[T, Scored]]) -> Iterator[tuple[T, 
                     break
                 name = f"eval-{next(numbers)}"
                 scored = following[1]
-                engine.add(Request(name, scored.ids, scored.params, arrival_time=time.perf_counter()))
+                now = time.perf_counter()
+                engine.add(Request(name, scored.ids, scored.params, arrival_time=now, passing=True))
                 running[name] = following
             if running:
                 for output in engine.step():
