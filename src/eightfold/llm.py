@@ -57,6 +57,7 @@ class LLM:
         enable_prefix_caching: bool = True,
         threads: int | None = None,
         strict_kernels: bool = False,
+        enforce_eager: bool = True,
         skip_tokenizer_init: bool = False,
         load_mode: str = "mmap",
         allow_pickle: bool = False,

@@ -101,7 +101,7 @@ def _load_runner(
     checkpoint.check(stored_tensors(model_config))
     dtype = named_dtype("dtype", config.dtype, checkpoint.main_dtype)
     kv_dtype = kv_cache_dtype(config.kv_cache_dtype, dtype)
-    ops = get_ops(config.device, dtype, config.threads, config.strict_kernels)
+    ops = get_ops(config.device, dtype, config.threads, config.strict_kernels, graphs=not config.enforce_eager)
     held = list(Loader(model_config, checkpoint, ops, shard).held())
     ops.expect_weights(sum(tensor.nbytes for tensor in held))
     config = replace(config, block_size=ops.page_size(config.block_size))

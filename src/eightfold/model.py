@@ -229,12 +229,21 @@ class Mixtral:
         )
 
     def forward(self, batch: Batch, pages: Sequence[Pages]) -> Tensor:
-        """One step: writes the batch's keys and values into each layer's pages → logits [L, V] fp32."""
+        """One step: writes the batch's keys and values into each layer's pages → logits [L, V] fp32, on the host."""
+        return self.gather(self.launch(batch, pages))
+
+    def launch(self, batch: Batch, pages: Sequence[Pages]) -> Tensor:
+        """As `forward`, up to this rank's logits [L, columns] where the device has them: nothing waits for it."""
         steps = self.layers(batch, pages)
         for _ in self._layers[1:]:
             next(steps)  # not `for out in steps`: a layer's output would stay in memory while the next one runs
         out = next(steps)
-        return self.logits(out.moe, out.attention)
+        return self._head_products(out.moe, out.attention)
+
+    def gather(self, logits: Tensor) -> Tensor:
+        """This rank's logits on the device → those of all [L, V] fp32, on the host."""
+        logits = logits.float().cpu()
+        return self._world.all_gather(logits)[:, self._columns] if self._world.size > 1 else logits
 
     def layers(self, batch: Batch, pages: Sequence[Pages]) -> Iterator[LayerOutput]:
         """The step layer by layer, for `forward` and for whoever looks at what is between; the last has L tokens."""
@@ -255,6 +264,8 @@ class Mixtral:
 
     def logits(self, x: Tensor, residual: Tensor) -> Tensor:
         """x and residual [L, H], of which the sum leaves the last layer → [L, V] fp32, on the host."""
+        return self.gather(self._head_products(x, residual))
+
+    def _head_products(self, x: Tensor, residual: Tensor) -> Tensor:
         x, _ = self.ops.rms_norm(x, self._norm, self.config.rms_norm_eps, residual)
-        logits = self.ops.linear(x, self._head).float().cpu()  # this rank's rows of the vocabulary
-        return self._world.all_gather(logits)[:, self._columns] if self._world.size > 1 else logits
+        return self.ops.linear(x, self._head)  # this rank's rows of the vocabulary

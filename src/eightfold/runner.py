@@ -5,6 +5,8 @@ Rank 0's runner sends each Plan to the others before it runs it; theirs follow.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -41,6 +43,7 @@ class Runner:
             model.ops.new_pages(num_pages, page_size, model.kv_heads, config.head_dim, kv_dtype)
             for _ in range(config.num_layers)
         ]
+        self._launch = partial(model.launch, pages=self._pages)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Tensor:
@@ -74,7 +77,8 @@ class Runner:
         self._lead = False
 
     def _step(self, plan: Plan) -> Tensor:
-        return self._model.forward(make_batch(plan, self.page_size, self._model.ops.device), self._pages)
+        batch = make_batch(plan, self.page_size, torch.device("cpu"))
+        return self._model.gather(self._model.ops.run(self._launch, batch))
 
 
 def make_batch(plan: Plan, page_size: int, device: torch.device) -> Batch:

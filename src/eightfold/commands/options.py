@@ -278,6 +278,13 @@ def add_engine(parser: argparse.ArgumentParser, text_only: bool = False) -> None
         default=_default("exact_ranks"),
         help="with int8 weights, several ranks answer bitwise as one does, by larger messages (default: yes)",
     )
+    group.add_argument(
+        "--enforce-eager",
+        action=argparse.BooleanOptionalAction,
+        default=_default("enforce_eager"),
+        help="launch operations one by one; --no-enforce-eager captures decoding steps as graphs on devices that can "
+        "(default: yes)",
+    )
     if not text_only:
         group.add_argument("--skip-tokenizer-init", action="store_true", help="work on token ids alone")
     for name, text in (

@@ -13,6 +13,7 @@ from eightfold.hub import resolve
 SPEED_ONLY = {
     *("model", "threads", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes"),
     *("load_mode", "enable_prefix_caching", "strict_kernels", "allow_pickle", "skip_tokenizer_init", "seed"),
+    "enforce_eager",
 }
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt")
 _SAMPLE = 1 << 16  # bytes of a weight file's beginning and end that are looked at

@@ -12,7 +12,7 @@ softmax and the weighted sum over experts are fp32 always.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
@@ -110,6 +110,9 @@ class Batch:
     page_table: Tensor  # [R, most pages of a row] int32, padded with 0
     logit_rows: Tensor  # [L] int64, tokens whose logits are wanted
 
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(*(getattr(self, name).to(device) for name in self.__slots__))
+
 
 @dataclass(frozen=True, slots=True)
 class Pages:
@@ -181,6 +184,14 @@ class Ops:
         `moe_tp`: `moe` gives the sum over the world.
         """
         return tuple(experts) if share is None else SharedExperts(tuple(experts), share)
+
+    def run(self, launch: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+        """One step of the model: `launch` on a batch of the host's → what `launch` gives for it, on the device.
+
+        A backend may capture what `launch` does, and replay that for later batches: for one `launch`, all steps are
+        alike but for what is in the batch and in the pages.
+        """
+        return launch(batch.to(self.device))
 
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
         """ids [T], table [V, H] → [T, H] activations."""
@@ -306,11 +317,18 @@ class Ops:
 DEVICES = ("cpu", "torch", "npu")
 
 
-def get_ops(device: str, dtype: torch.dtype, threads: int | None = None, strict_kernels: bool = False) -> Ops:
+def get_ops(
+    device: str,
+    dtype: torch.dtype,
+    threads: int | None = None,
+    strict_kernels: bool = False,
+    graphs: bool = False,
+) -> Ops:
     """The backend for a device: "cpu" (native kernels), "torch" (this file's reference, on the CPU), "npu" or "npu:1"
     (Ascend).
 
-    `threads` None takes all cores that this process may use. Raises EightfoldError for another device.
+    `threads` None takes all cores that this process may use; `graphs` captures decoding steps on devices that can, and
+    does nothing on a CPU. Raises EightfoldError for another device.
     """
     if device == "cpu":
         cpu = import_module("eightfold.ops.cpu")
@@ -321,7 +339,7 @@ def get_ops(device: str, dtype: torch.dtype, threads: int | None = None, strict_
             torch.set_num_threads(threads)
         return Ops(dtype)
     if device.partition(":")[0] == "npu":
-        npu: Ops = import_module("eightfold.ops.npu").NpuOps(dtype, device, strict_kernels=strict_kernels)
+        npu: Ops = import_module("eightfold.ops.npu").NpuOps(dtype, device, strict_kernels, graphs)
         return npu
     raise EightfoldError(f"device {device!r} is not supported; there are {', '.join(DEVICES)}")
 

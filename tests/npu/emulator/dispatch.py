@@ -15,10 +15,13 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from emulator import rules
 from emulator.aten import HOST, KEPT
+from emulator.graphs import Graphs, readers, refuse_host, results_like, shapes
 from emulator.host import Mistake, device_like, host, need, to_device, to_host
-from emulator.kernels import KERNELS
+from emulator.kernels import FAKES, KERNELS
 
-META_MISSING = {"npu_format_cast", "_npu_reshape_and_cache", "_npu_paged_attention"}  # torch_npu has no shape function
+# torch_npu has no shape function for these, nor for those in FAKES, which graphs need.
+META_MISSING = {"npu_format_cast", "_npu_reshape_and_cache", "_npu_paged_attention"}
+GRAPHS = Graphs()
 CALLS: dict[str, int] = {}  # how often each operation of torch_npu ran: tests ask whether it ran at all
 
 
@@ -40,7 +43,7 @@ def _kernel(space: str, name: str) -> Any:
     if space == "aten" and packet in HOST:
         return partial(_on_host, getattr(getattr(torch.ops.aten, packet), overload or "default"))
     if space != "aten" and name in KERNELS:
-        return partial(_emulate, getattr(getattr(torch.ops, space), name).default)
+        return partial(_emulate, name, getattr(getattr(getattr(torch.ops, space), packet), overload or "default"))
     return partial(_refuse, f"{space}::{name}")
 
 
@@ -54,15 +57,35 @@ def _on_host(operator: Any, *args: Any, **kwargs: Any) -> Any:
         (t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.device.type == "npu"), None
     )
     device = device or torch.device(kwargs.get("device") or "npu:0")
-    cpu = torch.device("cpu")
-    moved_args, moved = tree_map_only(torch.device, lambda _: cpu, to_host((args, kwargs)))
     target = torch.device(kwargs["device"]) if kwargs.get("device") is not None else device
-    moved.pop("pin_memory", None)
-    result = operator(*moved_args, **moved)
     written = _written(operator, args, kwargs)
+    if GRAPHS.here():
+        return _captured(operator, args, kwargs, target, written)
+    result = _on_cpu(operator, *to_host((args, kwargs)))
     if written:
         return written[0] if len(written) == 1 else tuple(written)
     return result if target.type == "cpu" else to_device(result, target)
+
+
+def _on_cpu(operator: Any, args: Any, kwargs: Any) -> Any:
+    cpu = torch.device("cpu")
+    args, kwargs = tree_map_only(torch.device, lambda _: cpu, (args, kwargs))
+    kwargs.pop("pin_memory", None)
+    return operator(*args, **kwargs)
+
+
+def _captured(operator: Any, args: Any, kwargs: Any, target: torch.device, written: list[Any]) -> Any:
+    """As `_on_host`, for later."""
+    name = str(operator._schema.name)
+    refuse_host(name, (args, kwargs))
+    need(target.type != "cpu", name, "a captured operation brings its result to the host")
+    expected, later = shapes(name, operator, args, kwargs), readers((args, kwargs))
+    if written:
+        GRAPHS.note(name, lambda: _on_cpu(operator, *later()), (args, kwargs))
+        return written[0] if len(written) == 1 else tuple(written)
+    made, fill = results_like(expected, target)
+    GRAPHS.note(name, lambda: fill(_on_cpu(operator, *later())), (args, kwargs))
+    return made
 
 
 def _written(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -73,24 +96,46 @@ def _written(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
     return found
 
 
-def _emulate(operator: Any, *args: Any, **kwargs: Any) -> Any:
+def _emulate(name: str, operator: Any, *args: Any, **kwargs: Any) -> Any:
     """One of torch_npu's operations: rules, reference, and its own shape function to compare with."""
-    name = operator._schema.name.partition("::")[2]
     CALLS[name] = CALLS.get(name, 0) + 1
     bound = rules.bind(operator, args, kwargs)
     rules.check(name, bound)
     device = next(t.device for t in tree_leaves(bound) if isinstance(t, Tensor))
+    if GRAPHS.here():
+        refuse_host(name, bound)
+        need(name not in META_MISSING, name, "it is not modelled in graphs")
     if name == "npu_format_cast":
         return KERNELS[name](**bound)
-    expected = (
-        None
-        if name in META_MISSING
-        else operator(*tree_map_only(Tensor, _meta, args), **tree_map_only(Tensor, _meta, kwargs))
-    )
+    expected = None
+    if name in FAKES:
+        expected = FAKES[name](**tree_map_only(Tensor, _meta, bound))
+    elif name not in META_MISSING:
+        expected = operator(*tree_map_only(Tensor, _meta, args), **tree_map_only(Tensor, _meta, kwargs))
+    if GRAPHS.here():
+        return _emulate_later(name, bound, expected, device)
     result = KERNELS[name](**to_host(bound))
     if expected is not None:
         _compare(name, result, expected)
+    if "out" in bound:
+        return tuple(bound["out"])
     return tree_map_only(Tensor, lambda t: device_like(t.contiguous(), device), result)
+
+
+def _emulate_later(name: str, bound: dict[str, Any], expected: Any, device: torch.device) -> Any:
+    """As `_emulate`, for when the graph is executed."""
+    later = readers(bound)
+    made, fill = results_like(expected, device)
+
+    def run() -> None:
+        result = KERNELS[name](**later())
+        if expected is not None:
+            _compare(name, result, expected)
+        if "out" not in bound:
+            fill(result)
+
+    GRAPHS.note(name, run, bound)
+    return tuple(bound["out"]) if "out" in bound else made
 
 
 def _meta(tensor: Tensor) -> Tensor:

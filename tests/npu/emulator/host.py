@@ -55,7 +55,7 @@ def device_like(tensor: Tensor, device: torch.device) -> Tensor:
 
 def to_host(tree: Any) -> Any:
     """All device tensors in a structure as CPU tensors; those in NZ layout are read as it says."""
-    return tree_map_only(Tensor, lambda t: from_nz(t) if format_of(t) == NZ else host(t), tree)
+    return tree_map_only(Tensor, lambda t: reader(t)(), tree)
 
 
 def to_device(tree: Any, device: torch.device) -> Any:
@@ -79,6 +79,14 @@ def to_nz(matrix: Tensor, device: torch.device) -> Tensor:
 
 def from_nz(tensor: Tensor) -> Tensor:
     """A device tensor in NZ layout → its content as a CPU tensor. Raises Mistake for a view that cuts fractals."""
+    return reader(tensor)()
+
+
+def reader(tensor: Tensor) -> Callable[[], Tensor]:
+    """What gives a device tensor's content as a CPU tensor, now or later: whatever lies at its address by then."""
+    if format_of(tensor) != NZ:
+        now = host(tensor)
+        return lambda: now
     turned = tensor.dim() > 1 and not tensor.is_contiguous() and tensor.transpose(-1, -2).is_contiguous()
     whole = (tensor.is_contiguous() or turned) and tensor.storage_offset() == 0
     need(whole, "memory", "a view of a tensor in NZ layout is read; only the whole or its transpose can be")
@@ -86,8 +94,12 @@ def from_nz(tensor: Tensor) -> Tensor:
     rows, columns, width = shape[-2], shape[-1], FRACTAL_BYTES // tensor.element_size()
     blocks = (*shape[:-2], -(-columns // width), -(-rows // BLOCK), BLOCK, width)
     laid = _bytes(tensor)[: torch.Size(blocks).numel()].view(blocks)
-    matrix = laid.movedim(-4, -2).flatten(-2).flatten(-3, -2)[..., :rows, :columns]
-    return matrix.transpose(-1, -2) if turned else matrix
+
+    def read() -> Tensor:
+        matrix = laid.movedim(-4, -2).flatten(-2).flatten(-3, -2)[..., :rows, :columns]
+        return matrix.transpose(-1, -2) if turned else matrix
+
+    return read
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from emulator.host import need, to_nz
 from emulator.rules import as_dtype
+from emulator.rules_attention import workspace_bytes
 
 UNDEFINED = 1.5e30  # what rows of results hold that the documentation leaves undefined; int8 rows hold 99
 
@@ -127,6 +128,22 @@ def attention(
         out[start:end] = _attend(q[start:end], k, v, scale)
         start = end
     return out.view(query.shape), torch.empty(0)
+
+
+def attention_out(out: list[Tensor], workspace: Tensor, **call: Any) -> tuple[Tensor, Tensor]:
+    """As `attention`, into memory that is given; the workspace holds nothing afterwards that anybody should read."""
+    workspace.fill_(99)
+    result, _ = attention(**call)
+    out[0].copy_(result)
+    return out[0], out[1]
+
+
+def attention_workspace(**call: Any) -> Tensor:
+    return torch.empty(workspace_bytes(call["num_heads"], call["actual_seq_lengths_kv"]), dtype=torch.uint8)
+
+
+def attention_output(query: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(0, dtype=torch.float32)
 
 
 def _row(cache: Tensor, scales: Tensor | None, pages: Tensor, length: int, heads: int) -> Tensor:
@@ -298,6 +315,9 @@ KERNELS = {
     "npu_apply_rotary_pos_emb": apply_rotary,
     "npu_scatter_pa_kv_cache": scatter_cache,
     "npu_fused_infer_attention_score": attention,
+    "npu_fused_infer_attention_score.out": attention_out,
+    "_npu_fused_infer_attention_score_get_max_workspace": attention_workspace,
+    "_npu_fused_infer_attention_score_infer_output": attention_output,
     "npu_swiglu": swiglu,
     "npu_moe_gating_top_k_softmax": gating,
     "npu_moe_init_routing_v2": init_routing,
@@ -306,4 +326,11 @@ KERNELS = {
     "npu_moe_token_unpermute": unpermute,
     "_npu_reshape_and_cache": reshape_and_cache,
     "_npu_paged_attention": paged_attention,
+}
+
+# Results without content, of operations for which torch_npu has no shape function: the ones that graphs need.
+FAKES = {
+    "npu_fused_infer_attention_score.out": lambda out, **_: tuple(out),
+    "_npu_fused_infer_attention_score_get_max_workspace": lambda **call: attention_workspace(**call).to("meta"),
+    "_npu_fused_infer_attention_score_infer_output": attention_output,
 }

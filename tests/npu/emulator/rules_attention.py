@@ -120,6 +120,37 @@ def _attention(
         contiguous(op, **{name: tensor})
 
 
+@rule("npu_fused_infer_attention_score.out")
+def _attention_out(workspace: Tensor | None, out: list[Tensor], query: Tensor, **call: Any) -> None:
+    op = "npu_fused_infer_attention_score.out"
+    _attention(query=query, **call)
+    need(len(out) == 2, op, "out is [result, log of the sums of exponents]")
+    shape_is(op, "out[0]", out[0], tuple(query.shape))
+    need(out[0].dtype == query.dtype, op, f"out[0] is {out[0].dtype} beside a query of {query.dtype}")
+    contiguous(op, **{"out[0]": out[0]})
+    need(workspace is not None, op, "in a graph the workspace must be given")
+    assert workspace is not None
+    size = workspace_bytes(call["num_heads"], call["actual_seq_lengths_kv"])
+    need(workspace.nbytes >= size, op, f"a workspace of {workspace.nbytes} bytes is too small for these lengths")
+
+
+@rule("_npu_fused_infer_attention_score_get_max_workspace")
+def _attention_workspace(**call: Any) -> None:
+    _attention(**call)
+
+
+@rule("_npu_fused_infer_attention_score_infer_output")
+def _attention_output(query: Tensor, value: Tensor, input_layout: str, **other: Any) -> None:
+    op = "_npu_fused_infer_attention_score_infer_output"
+    need(input_layout in ("TND", "BNSD"), op, f"input_layout {input_layout!r} is not modelled")
+    need(query.dim() == (3 if input_layout == "TND" else 4) and value.dim() == 3, op, "query and pages, as attention's")
+
+
+def workspace_bytes(heads: int, keys: list[int]) -> int:
+    """Enough for these lengths: a model of ours, that a workspace for short rows does not suffice for long ones."""
+    return 4 * heads * max(keys, default=0)
+
+
 def _lengths(op: str, query: Tensor, ends: list[int] | None, keys: list[int] | None, tnd: bool) -> None:
     need(keys is not None, op, "with pages actual_seq_lengths_kv must be given")
     assert keys is not None

@@ -4,6 +4,8 @@
  * whatever else of CANN the wheel links against is a stub (simulator.py makes them) that says its name and aborts, so
  * that nothing passes in silence. The prototypes are those of the headers in the torch_npu wheel.
  *
+ * Graphs are in simulated_graphs.c, which is told of what streams are asked to do and may refuse it.
+ *
  * Environment: NPU_SIM_SOC names the SoC (default Ascend910B3), NPU_SIM_MEMORY its bytes of memory, NPU_SIM_DEVICES
  * how many devices there are, NPU_SIM_CANN the version of CANN.
  */
@@ -15,6 +17,7 @@
 #include <time.h>
 
 #include "acl/acl.h"
+#include "simulated.h"
 
 #define OUT_OF_MEMORY 207001 /* ACL_ERROR_RT_MEMORY_ALLOCATION */
 #define LARGEST_DEVICE_COUNT 64
@@ -54,7 +57,7 @@ static void die(const char *what) {
 aclError aclInit(const char *path) { return path ? ACL_SUCCESS : ACL_SUCCESS; }
 aclError aclFinalize(void) { return ACL_SUCCESS; }
 const char *aclrtGetSocName(void) { return setting("NPU_SIM_SOC", "Ascend910B3"); }
-const char *aclGetRecentErrMsg(void) { return "simulated device"; }
+const char *aclGetRecentErrMsg(void) { return last_words(); }
 aclError aclrtGetDeviceCount(uint32_t *count) {
     *count = devices();
     return ACL_SUCCESS;
@@ -166,6 +169,7 @@ aclError aclrtGetMemInfo(aclrtMemAttr kind, size_t *unused, size_t *all) {
     return ACL_SUCCESS;
 }
 aclError aclrtMemset(void *pointer, size_t room, int32_t value, size_t count) {
+    if (is_capturing(NULL)) return refuse("memory is set by the host while a graph is captured");
     if (count > room) return ACL_ERROR_INVALID_PARAM;
     memset(pointer, value, count);
     return ACL_SUCCESS;
@@ -176,6 +180,7 @@ aclError aclrtMemsetAsync(void *pointer, size_t room, int32_t value, size_t coun
 }
 aclError aclrtMemcpy(void *to, size_t room, const void *from, size_t count, aclrtMemcpyKind kind) {
     (void)kind;
+    if (is_capturing(NULL)) return refuse("memory is copied by the host while a graph is captured");
     if (count > room) return ACL_ERROR_INVALID_PARAM;
     memmove(to, from, count);
     return ACL_SUCCESS;
@@ -199,10 +204,14 @@ aclError aclrtDestroyStream(aclrtStream stream) {
 }
 aclError aclrtDestroyStreamForce(aclrtStream stream) { return aclrtDestroyStream(stream); }
 aclError aclrtSetStreamFailureMode(aclrtStream stream, uint64_t mode) { return stream || !mode ? ACL_SUCCESS : ACL_SUCCESS; }
-aclError aclrtSynchronizeStream(aclrtStream stream) { return stream ? ACL_SUCCESS : ACL_SUCCESS; }
+aclError aclrtSynchronizeStream(aclrtStream stream) {
+    return is_capturing(stream) ? refuse("the host waits for a stream that is captured") : ACL_SUCCESS;
+}
 aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t ms) { return ms ? aclrtSynchronizeStream(stream) : 0; }
-aclError aclrtSynchronizeDevice(void) { return ACL_SUCCESS; }
-aclError aclrtSynchronizeDeviceWithTimeout(int32_t ms) { return ms ? ACL_SUCCESS : ACL_SUCCESS; }
+aclError aclrtSynchronizeDevice(void) {
+    return is_capturing(NULL) ? refuse("the host waits for the device while a graph is captured") : ACL_SUCCESS;
+}
+aclError aclrtSynchronizeDeviceWithTimeout(int32_t ms) { return ms ? aclrtSynchronizeDevice() : ACL_SUCCESS; }
 aclError aclrtStreamQuery(aclrtStream stream, aclrtStreamStatus *status) {
     (void)stream;
     *status = ACL_STREAM_STATUS_COMPLETE;
@@ -214,9 +223,10 @@ aclError aclrtStreamGetId(aclrtStream stream, int32_t *id) {
     return ACL_SUCCESS;
 }
 aclError aclrtCreateEventExWithFlag(aclrtEvent *event, uint32_t flag) {
-    (void)flag;
-    *event = calloc(1, sizeof(struct timespec));
-    return *event ? ACL_SUCCESS : OUT_OF_MEMORY;
+    Event *made = calloc(1, sizeof *made);
+    if (made) made->external = (flag & ACL_EVENT_EXTERNAL) != 0;
+    *event = made;
+    return made ? ACL_SUCCESS : OUT_OF_MEMORY;
 }
 aclError aclrtCreateEventWithFlag(aclrtEvent *event, uint32_t flag) { return aclrtCreateEventExWithFlag(event, flag); }
 aclError aclrtDestroyEvent(aclrtEvent event) {
@@ -224,20 +234,28 @@ aclError aclrtDestroyEvent(aclrtEvent event) {
     return ACL_SUCCESS;
 }
 aclError aclrtRecordEvent(aclrtEvent event, aclrtStream stream) {
-    (void)stream;
-    clock_gettime(CLOCK_MONOTONIC, event);
+    Event *it = event;
+    if (it->external && is_capturing(stream)) return refuse("an external event is recorded while a graph is captured");
+    it->recorded = 1;
+    clock_gettime(CLOCK_MONOTONIC, &it->when);
     return ACL_SUCCESS;
 }
-aclError aclrtResetEvent(aclrtEvent event, aclrtStream stream) { return event || stream ? ACL_SUCCESS : ACL_SUCCESS; }
+aclError aclrtResetEvent(aclrtEvent event, aclrtStream stream) {
+    if (is_capturing(stream)) return capture_event(event, RESET);
+    ((Event *)event)->recorded = 0;
+    return ACL_SUCCESS;
+}
 aclError aclrtSynchronizeEvent(aclrtEvent event) { return event ? ACL_SUCCESS : ACL_ERROR_INVALID_PARAM; }
-aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event) { return event || stream ? ACL_SUCCESS : ACL_SUCCESS; }
+aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event) {
+    return ((Event *)event)->external && is_capturing(stream) ? capture_event(event, WAIT) : ACL_SUCCESS;
+}
 aclError aclrtQueryEventStatus(aclrtEvent event, aclrtEventRecordedStatus *status) {
     (void)event;
     *status = ACL_EVENT_RECORDED_STATUS_COMPLETE;
     return ACL_SUCCESS;
 }
 aclError aclrtEventElapsedTime(float *ms, aclrtEvent start, aclrtEvent end) {
-    const struct timespec *a = start, *b = end;
+    const struct timespec *a = &((Event *)start)->when, *b = &((Event *)end)->when;
     *ms = (float)(b->tv_sec - a->tv_sec) * 1e3f + (float)(b->tv_nsec - a->tv_nsec) / 1e6f;
     return ACL_SUCCESS;
 }

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-SOURCE = Path(__file__).with_name("simulated_acl.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("simulated_acl.c", "simulated_graphs.c", "simulated.h"))
 NAMES = ("libascendcl", "libhccl", "libacl_op_compiler", "libge_runner", "libgraph", "libacl_tdt_channel", "libatb")
 CANN = ("acl", "rt", "Msprof", "Hccl", "hccl", "ge", "_ZN3atb", "_ZNK3atb")  # how the names of CANN's functions begin
 LIBC = ("rti", "gete", "getp")  # … and how some that are not CANN's do
@@ -42,7 +42,7 @@ def build(folder: Path) -> Path:
     """Compiles the libraries into a folder under `folder`, unless they are there already → that folder."""
     wheel = package_folder()
     key = hashlib.sha256(f"{wheel} {wheel.stat().st_mtime_ns}".encode())
-    for source in (SOURCE, Path(__file__)):
+    for source in (*SOURCES, Path(__file__)):
         key.update(source.read_bytes())
     target = folder / key.hexdigest()[:16]
     if target.is_dir():
@@ -78,9 +78,13 @@ def _compile(wheel: Path, work: Path) -> None:
         raise RuntimeError("the emulator needs a C compiler and nm: install gcc")
     flags = ["-shared", "-fPIC", "-O1", "-w"]
     headers = wheel / "include" / "third_party" / "acl" / "inc"
-    simulated, stubs = work / "simulated.o", work / "stubs.c"
-    subprocess.run([compiler, "-c", *flags[1:], f"-I{headers}", str(SOURCE), "-o", str(simulated)], check=True)
-    missing = sorted(_wanted(wheel) - _symbols([simulated], "--defined-only"))
+    stubs, simulated = work / "stubs.c", []
+    for source in SOURCES:
+        if source.suffix == ".c":
+            simulated.append(work / f"{source.stem}.o")
+            command = [compiler, "-c", *flags[1:], f"-I{headers}", str(source), "-o", str(simulated[-1])]
+            subprocess.run(command, check=True)
+    missing = sorted(_wanted(wheel) - _symbols(simulated, "--defined-only"))
     lines = ["#include <stdio.h>", "#include <stdlib.h>"]
     for name in missing:
         body = "return 0;"
@@ -91,7 +95,7 @@ def _compile(wheel: Path, work: Path) -> None:
     for name in NAMES:
         # The others need it, so that a look-up in any of them finds what it defines.
         empty = ["-x", "c", os.devnull, "-x", "none", "-Wl,--no-as-needed", str(work / "libascendcl.so")]
-        sources = [str(simulated), str(stubs)] if name == "libascendcl" else empty
+        sources = [*map(str, simulated), str(stubs)] if name == "libascendcl" else empty
         command = [compiler, *flags, *sources, f"-Wl,-soname,{name}.so", "-o", str(work / f"{name}.so"), "-lpthread"]
         subprocess.run(command, check=True)
 

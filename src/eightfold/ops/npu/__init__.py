@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -23,6 +23,7 @@ from eightfold.ops import Batch, Expert, Ops, Pages, Rope, Weight
 from eightfold.ops.npu import attention, experts
 from eightfold.ops.npu.attention import Lengths, NzPages, Rotation
 from eightfold.ops.npu.device import FRACTAL_NZ, SWITCHES, cann_version, open_device
+from eightfold.ops.npu.graphs import Graphs, decodes
 from eightfold.ops.npu.weights import SCHEMES, Grouped, Product, Share, SharedExperts, Summed, Uploader, summed
 from eightfold.parallel import Ranks
 from eightfold.types import EightfoldError
@@ -36,11 +37,15 @@ class NpuOps(Ops):
 
     Raises EightfoldError if torch_npu, CANN or the device is missing, and for a dtype that the chip lacks. What no
     fused operation does goes to the torch reference on the device, with one warning, or is refused if `strict_kernels`.
+    With `graphs`, steps of rows of one token each are captured and replayed; EightfoldError where a chip or dtype has
+    no fused operation for all of a step, or for several ranks.
     """
 
     name: ClassVar[str] = "npu"
 
-    def __init__(self, dtype: torch.dtype, device: str = "npu", strict_kernels: bool = False) -> None:
+    def __init__(
+        self, dtype: torch.dtype, device: str = "npu", strict_kernels: bool = False, graphs: bool = False
+    ) -> None:
         self.npu = open_device(device)
         self.soc = self.npu.soc
         if dtype not in self.soc.dtypes:
@@ -56,6 +61,13 @@ class NpuOps(Ops):
         self._rotation: Rotation | None = None
         self._lengths: Lengths | None = None
         self._mask: Tensor | None = None
+        if graphs and not (self.soc.fused and dtype in attention.FRACTIONS):
+            raise EightfoldError(
+                f"graphs (--no-enforce-eager) need fused operations that {self.npu.chip} lacks in "
+                f"{str(dtype).removeprefix('torch.')}: leave the option out"
+            )
+        self._graphs = Graphs(self.npu) if graphs else None
+        self._spare: tuple[int, int] | None = None  # a page that only rows which pad a graph's batch use, and its size
         self._expected = 0
         self._said: set[str] = set()
 
@@ -77,6 +89,11 @@ class NpuOps(Ops):
                 f"the head size is {head_dim}; on NPUs it must be a multiple of {attention.NZ_WIDTH}, at most "
                 f"{LARGEST_HEAD}"
             )
+        if self._graphs is not None:
+            if self._spare not in (None, (num_pages, page_size)):
+                raise EightfoldError("with graphs (--no-enforce-eager), all pages are of one size and as many")
+            self._spare = num_pages, page_size
+            num_pages += 1
         int8 = dtype == torch.int8 and self.soc.fused and self.dtype in attention.FRACTIONS
         if not int8 and dtype not in self.soc.dtypes:
             name, own = (str(d).removeprefix("torch.") for d in (dtype, self.dtype))
@@ -105,6 +122,8 @@ class NpuOps(Ops):
         With `ranks`, they are this rank's columns: `linear` gives the sum over the world, in fp32, of results of the
         compute dtype. Scales of activations are each rank's own, so int8 products are not those of one rank.
         """
+        if ranks is not None and self._graphs is not None:
+            raise EightfoldError("graphs (--no-enforce-eager) are captured for one rank only: leave the option out")
         product = self._uploader.linear(weights)
         return product if ranks is None else Summed(product, ranks.world)
 
@@ -114,6 +133,23 @@ class NpuOps(Ops):
         With a share, they are some of the experts, or a part of their widths: `moe` gives the sum over the world.
         """
         return SharedExperts(self._uploader.experts(experts), share)
+
+    def run(self, launch: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+        """The inherited contract. Lengths stay on the host, where attention wants them: no operation waits for them."""
+        if self._graphs is not None and self._spare is not None and decodes(batch):
+            page, page_size = self._spare
+            logits = self._graphs.run(launch, batch, page, page_size, self._enter)
+            if logits is not None:
+                return logits
+        own = batch.to(self.device)
+        self._enter(Lengths(own, batch.query_starts[1:].tolist(), batch.kv_lens.tolist()))
+        return launch(own)
+
+    def _enter(self, lengths: Lengths) -> None:
+        """What follows is a step of this batch, whose memory may be another step's before."""
+        self._lengths = lengths
+        if self._rotation is not None:
+            self._rotation.forget()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if residual is not None and self.soc.fused:
@@ -141,6 +177,8 @@ class NpuOps(Ops):
     def attention(self, q: Tensor, batch: Batch, pages: Pages, window: int | None = None) -> Tensor:
         if self._lengths is None or self._lengths.batch is not batch:  # all layers of a step share it
             self._lengths = Lengths.of(batch)
+        if self._graphs is not None:
+            self._graphs.window = window
         if window is not None and window >= max(self._lengths.keys, default=0):
             window = None
         if reason := _unfused_attention(q, pages, window):

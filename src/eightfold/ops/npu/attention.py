@@ -54,8 +54,12 @@ class Rotation:
     def __init__(self, rope: Rope, dtype: torch.dtype) -> None:
         self.rope = rope
         self._cos, self._sin = (_whole(table, rope.interleaved).to(dtype) for table in (rope.cos, rope.sin))
-        self._batch: Batch | None = None
+        self._batch: Batch | None = None  # for which the angles are
         self._angles = (self._cos, self._sin)
+
+    def forget(self) -> None:
+        """The angles of the last batch. A batch's memory may hold another one's positions by now."""
+        self._batch = None
 
     def __call__(self, q: Tensor, k: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """q [T, Hq, D], k [T, Hkv, D] → the same, rotated; their memory may be used for that."""
@@ -122,6 +126,8 @@ def attend(q: Tensor, lengths: Lengths, pages: Pages, mask: Tensor) -> Tensor:
 def _attend_int8(q: Tensor, lengths: Lengths, pages: Pages, mask: Tensor) -> Tensor:
     """As `attend`, for int8 pages: the fused attention reads them for rows of one query only. Pages of the other rows
     are multiplied out first, into pages of q's dtype."""
+    if lengths.ends[-1] == len(lengths.ends):  # one query each, as in all steps but those with prompts
+        return _attend_single(q, lengths, pages).flatten(1)
     starts = [0, *lengths.ends[:-1]]
     ones = [row for row, (a, b) in enumerate(zip(starts, lengths.ends, strict=True)) if b - a == 1]
     more = [row for row, (a, b) in enumerate(zip(starts, lengths.ends, strict=True)) if b - a > 1]
