@@ -69,6 +69,10 @@ class Graphs:
             outside = list(captured.storages)
         self._noted[self._count] = Noted(name, run, tuple(outside))
 
+    def abandon(self) -> None:
+        """An update that failed half-way is over."""
+        self._acl.sim_abandon()
+
     def _from_outside(self, tree: Any) -> list[StorageWeakRef]:
         """The storages that the graph's pool does not hold; they must outlive the graph."""
         if self._outside is None:

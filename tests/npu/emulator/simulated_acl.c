@@ -169,13 +169,13 @@ aclError aclrtGetMemInfo(aclrtMemAttr kind, size_t *unused, size_t *all) {
     return ACL_SUCCESS;
 }
 aclError aclrtMemset(void *pointer, size_t room, int32_t value, size_t count) {
-    if (is_capturing(NULL)) return refuse("memory is set by the host while a graph is captured");
+    /* even while a graph is captured: torch_npu clears its external events so */
     if (count > room) return ACL_ERROR_INVALID_PARAM;
     memset(pointer, value, count);
     return ACL_SUCCESS;
 }
 aclError aclrtMemsetAsync(void *pointer, size_t room, int32_t value, size_t count, aclrtStream stream) {
-    (void)stream;
+    if (is_capturing(stream)) return refuse("memory is set apart from operations in a graph that is captured");
     return aclrtMemset(pointer, room, value, count);
 }
 aclError aclrtMemcpy(void *to, size_t room, const void *from, size_t count, aclrtMemcpyKind kind) {
@@ -223,10 +223,9 @@ aclError aclrtStreamGetId(aclrtStream stream, int32_t *id) {
     return ACL_SUCCESS;
 }
 aclError aclrtCreateEventExWithFlag(aclrtEvent *event, uint32_t flag) {
-    Event *made = calloc(1, sizeof *made);
-    if (made) made->external = (flag & ACL_EVENT_EXTERNAL) != 0;
-    *event = made;
-    return made ? ACL_SUCCESS : OUT_OF_MEMORY;
+    (void)flag;
+    *event = calloc(1, sizeof(struct timespec));
+    return *event ? ACL_SUCCESS : OUT_OF_MEMORY;
 }
 aclError aclrtCreateEventWithFlag(aclrtEvent *event, uint32_t flag) { return aclrtCreateEventExWithFlag(event, flag); }
 aclError aclrtDestroyEvent(aclrtEvent event) {
@@ -234,28 +233,20 @@ aclError aclrtDestroyEvent(aclrtEvent event) {
     return ACL_SUCCESS;
 }
 aclError aclrtRecordEvent(aclrtEvent event, aclrtStream stream) {
-    Event *it = event;
-    if (it->external && is_capturing(stream)) return refuse("an external event is recorded while a graph is captured");
-    it->recorded = 1;
-    clock_gettime(CLOCK_MONOTONIC, &it->when);
+    (void)stream;
+    clock_gettime(CLOCK_MONOTONIC, event);
     return ACL_SUCCESS;
 }
-aclError aclrtResetEvent(aclrtEvent event, aclrtStream stream) {
-    if (is_capturing(stream)) return capture_event(event, RESET);
-    ((Event *)event)->recorded = 0;
-    return ACL_SUCCESS;
-}
+aclError aclrtResetEvent(aclrtEvent event, aclrtStream stream) { return event || stream ? ACL_SUCCESS : ACL_SUCCESS; }
 aclError aclrtSynchronizeEvent(aclrtEvent event) { return event ? ACL_SUCCESS : ACL_ERROR_INVALID_PARAM; }
-aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event) {
-    return ((Event *)event)->external && is_capturing(stream) ? capture_event(event, WAIT) : ACL_SUCCESS;
-}
+aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event) { return event || stream ? ACL_SUCCESS : ACL_SUCCESS; }
 aclError aclrtQueryEventStatus(aclrtEvent event, aclrtEventRecordedStatus *status) {
     (void)event;
     *status = ACL_EVENT_RECORDED_STATUS_COMPLETE;
     return ACL_SUCCESS;
 }
 aclError aclrtEventElapsedTime(float *ms, aclrtEvent start, aclrtEvent end) {
-    const struct timespec *a = &((Event *)start)->when, *b = &((Event *)end)->when;
+    const struct timespec *a = start, *b = end;
     *ms = (float)(b->tv_sec - a->tv_sec) * 1e3f + (float)(b->tv_nsec - a->tv_nsec) / 1e6f;
     return ACL_SUCCESS;
 }

@@ -1,9 +1,10 @@
-/* Graphs of the simulated device: a list of operations and events, in the order in which they were captured.
+/* Graphs of the simulated device: a list of operations, and of waits for numbers in memory, as they were captured.
  *
  * The operations are the emulator's, known here by number: it notes each one on the stream that it would run on, and
  * is called back with the numbers when a graph is executed. Groups of tasks can be updated, as attention's are, whose
  * lists of lengths are the host's. One capture and one update at a time, as torch_npu has it.
  */
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,9 +14,9 @@
 #define REFUSED 107000 /* ACL_ERROR_RT_PARAM_INVALID */
 
 typedef struct {
-    enum Kind kind;
+    enum { OPERATION, WAIT, WRITE } kind;
     long number;
-    Event *event;
+    uint64_t *address, value;
 } Node;
 
 typedef struct {
@@ -56,16 +57,13 @@ static aclError append(Node node) {
     return ACL_SUCCESS;
 }
 
-aclError capture_event(aclrtEvent event, enum Kind kind) {
-    return append((Node){kind, 0, event});
-}
-
 /* for the emulator */
 
 #define OURS __attribute__((visibility("default")))
 
 OURS void sim_set_execute(int (*call)(long)) { execute = call; }
 OURS void sim_say(const char *text) { refuse(text); }
+OURS void sim_abandon(void) { updated = NULL; }
 OURS int sim_active(void) { return model || updated; }
 OURS int sim_capturing(aclrtStream stream) { return is_capturing(stream); }
 OURS int sim_updating(aclrtStream stream) { return updated && stream == updating; }
@@ -73,7 +71,7 @@ OURS int sim_updating(aclrtStream stream) { return updated && stream == updating
 /* An operation on a stream that is captured or updated; the number of the one that it replaces, 0 for none, -1 for an
  * error. Numbers start at 1. */
 OURS long sim_note(aclrtStream stream, long number) {
-    if (is_capturing(stream)) return append((Node){OPERATION, number, NULL}) ? -1 : 0;
+    if (is_capturing(stream)) return append((Node){OPERATION, number, NULL, 0}) ? -1 : 0;
     if (!sim_updating(stream) || update_at == updated->end) {
         refuse("an update has more operations than the group of tasks that was captured");
         return -1;
@@ -142,13 +140,26 @@ aclError aclmdlRICaptureTaskUpdateEnd(aclrtStream stream) {
     updated = NULL;
     return whole ? ACL_SUCCESS : refuse("an update has fewer operations than the group of tasks that was captured");
 }
+/* How torch_npu makes a graph wait for the update of its lists: ExternalEvent. */
+aclError aclrtValueWait(void *address, uint64_t value, uint32_t flag, aclrtStream stream) {
+    (void)flag;
+    if (is_capturing(stream)) return append((Node){WAIT, 0, address, value});
+    return *(uint64_t *)address >= value ? ACL_SUCCESS : refuse("a stream waits for ever for a number in memory");
+}
+aclError aclrtValueWrite(void *address, uint64_t value, uint32_t flag, aclrtStream stream) {
+    (void)flag;
+    if (is_capturing(stream)) return append((Node){WRITE, 0, address, value});
+    *(uint64_t *)address = value;
+    return ACL_SUCCESS;
+}
+
 aclError aclmdlRIExecuteAsync(aclmdlRI made, aclrtStream stream) {
     if (is_capturing(stream)) return refuse("a graph is executed within a capture");
     const Model *it = made;
     for (size_t at = 0; at < it->count; at++) {
         const Node *node = &it->nodes[at];
-        if (node->kind == RESET) node->event->recorded = 0;
-        if (node->kind == WAIT && !node->event->recorded)
+        if (node->kind == WRITE) *node->address = node->value;
+        if (node->kind == WAIT && *node->address < node->value)
             return refuse("the graph waits for ever: its lists were not updated since it ran last");
         if (node->kind == OPERATION && execute(node->number)) return REFUSED;
     }

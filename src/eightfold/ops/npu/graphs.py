@@ -74,8 +74,7 @@ class Graphs:
                 enter(Lengths(own, lengths.ends, [longest] * size))
                 self._graphs[launch, size, table] = Graph(own, *self._capture(launch, own))
             return logits[:rows]
-        for name in Batch.__slots__:
-            getattr(graph.batch, name).copy_(getattr(lengths.batch, name), non_blocking=True)
+        _fill(graph.batch, lengths.batch)
         graph.captured.update(cpu_update_input=[{"actual_seq_lengths_kv": lengths.keys}])
         graph.captured.replay()
         return graph.logits[:rows]
@@ -90,6 +89,11 @@ class Graphs:
                 f"a step of {len(batch.ids)} rows could not be captured as a graph on {self._device.name}: "
                 f"{first_line(error)}; leave out --no-enforce-eager"
             ) from error
+
+
+def _fill(buffers: Batch, batch: Batch) -> None:
+    for name in Batch.__slots__:
+        getattr(buffers, name).copy_(getattr(batch, name), non_blocking=True)
 
 
 def _padded(batch: Batch, rows: int, table: int, spare_page: int, page_size: int) -> Lengths:
