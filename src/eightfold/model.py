@@ -200,7 +200,7 @@ class Mixtral:
         self.ops = ops
         self.kv_heads = loader.shard.kv_heads  # whose keys and values this rank holds
         self._world = loader.shard.ranks.world
-        self._columns = ops.prepare_tensor(torch.tensor(vocabulary_columns(config.vocab_size, self._world.size)))  # [V]
+        self._columns = torch.tensor(vocabulary_columns(config.vocab_size, self._world.size))  # [V]
         cos, sin = rope_tables(config.rope, config.head_dim, max_len)
         self._rope = Rope(ops.prepare_tensor(cos), ops.prepare_tensor(sin), config.rope.interleaved)
         self._embedding = loader.tensor(EMBEDDING)  # [V, H]

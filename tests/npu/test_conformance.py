@@ -102,7 +102,7 @@ class Silent:
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
         assert x.dtype == torch.float32
-        assert x.device.type == "cpu"
+        assert x.device.type == "npu"  # not by way of the host
         return x
 
 

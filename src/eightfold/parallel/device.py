@@ -31,6 +31,7 @@ class DeviceGroup(TorchGroup):
 
     def __init__(self, group: dist.ProcessGroup, host: Group, kind: str, shares: bool = False) -> None:
         super().__init__(group, _never)
+        self.process_group = group  # for operations of a device that communicate on their own
         self._host, self._kind = host, kind
         self.shares = shares
 

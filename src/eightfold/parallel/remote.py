@@ -195,7 +195,8 @@ class Network:
                     one.getpeername()  # not one that listens: gloo ends the whole process when that breaks
                     one.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()
+            if dist.is_initialized():  # else a device's library has done so, as the program ends
+                dist.destroy_process_group()
 
 
 def _sockets() -> dict[str, int]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from emulator.collectives import added
 from emulator.host import need, to_nz
 from emulator.rules import as_dtype
 from emulator.rules_attention import workspace_bytes
@@ -52,6 +53,25 @@ def quant_matmul(x1: Tensor, x2: Tensor, scale: Tensor, pertoken_scale: Tensor, 
 
 def weight_quant_batchmatmul(x: Tensor, weight: Tensor, antiquant_scale: Tensor, **_: Any) -> Tensor:
     return (x.float() @ (weight.float() * antiquant_scale.float())).to(x.dtype)
+
+
+def mm_all_reduce(
+    x1: Tensor,
+    x2: Tensor,
+    hcom: str,
+    antiquant_scale: Tensor | None,
+    antiquant_offset: Tensor | None,
+    dequant_scale: Tensor | None,
+    pertoken_scale: Tensor | None,
+    **_: Any,
+) -> Tensor:
+    if dequant_scale is not None and pertoken_scale is not None:
+        wide = integer_product(x1, x2).float() * dequant_scale.float() * pertoken_scale[:, None]
+        return added(wide.to(torch.bfloat16 if dequant_scale.dtype == torch.bfloat16 else torch.float16), hcom)
+    weight = x2.float()
+    if antiquant_scale is not None:
+        weight = (weight + (0 if antiquant_offset is None else antiquant_offset.float())) * antiquant_scale.float()
+    return added((x1.float() @ weight).to(x1.dtype), hcom)
 
 
 def format_cast(input: Tensor, acl_format: int, **_: Any) -> Tensor:
@@ -310,6 +330,7 @@ KERNELS = {
     "npu_dynamic_quant": dynamic_quant,
     "npu_quant_matmul": quant_matmul,
     "npu_weight_quant_batchmatmul": weight_quant_batchmatmul,
+    "npu_mm_all_reduce_base": mm_all_reduce,
     "npu_format_cast": format_cast,
     "npu_rotary_mul": rotary_mul,
     "npu_apply_rotary_pos_emb": apply_rotary,

@@ -256,6 +256,6 @@ def as_dtype(operation: str, value: Any) -> torch.dtype:
     return result
 
 
-from emulator import rules_attention, rules_experts  # noqa: E402, F401  they add theirs
+from emulator import rules_attention, rules_experts, rules_ranks  # noqa: E402, F401  they add theirs
 
 __all__ = ["RULES", "bind", "check", "is_fake"]

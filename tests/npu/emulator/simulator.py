@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("simulated_acl.c", "simulated_graphs.c", "simulated.h"))
+SOURCES = tuple(Path(__file__).with_name(f"simulated{name}") for name in ("_acl.c", "_graphs.c", "_hccl.c", ".h"))
 NAMES = ("libascendcl", "libhccl", "libacl_op_compiler", "libge_runner", "libgraph", "libacl_tdt_channel", "libatb")
 CANN = ("acl", "rt", "Msprof", "Hccl", "hccl", "ge", "_ZN3atb", "_ZNK3atb")  # how the names of CANN's functions begin
 LIBC = ("rti", "gete", "getp")  # … and how some that are not CANN's do
@@ -63,6 +63,8 @@ def build(folder: Path) -> Path:
 def load(folder: Path) -> ModuleType:
     """torch_npu, imported over the libraries in `folder`."""
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    # The emulator's operations are done at once, so collectives, which torch_npu launches, must not wait in a queue.
+    os.environ["TASK_QUEUE_ENABLE"] = "0"
     import torch  # noqa: F401  its libraries come first
 
     for name in NAMES:
@@ -96,7 +98,16 @@ def _compile(wheel: Path, work: Path) -> None:
         # The others need it, so that a look-up in any of them finds what it defines.
         empty = ["-x", "c", os.devnull, "-x", "none", "-Wl,--no-as-needed", str(work / "libascendcl.so")]
         sources = [*map(str, simulated), str(stubs)] if name == "libascendcl" else empty
-        command = [compiler, *flags, *sources, f"-Wl,-soname,{name}.so", "-o", str(work / f"{name}.so"), "-lpthread"]
+        command = [
+            compiler,
+            *flags,
+            *sources,
+            f"-Wl,-soname,{name}.so",
+            "-o",
+            str(work / f"{name}.so"),
+            "-lpthread",
+            "-lrt",
+        ]
         subprocess.run(command, check=True)
 
 

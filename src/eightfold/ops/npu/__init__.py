@@ -24,7 +24,17 @@ from eightfold.ops.npu import attention, experts
 from eightfold.ops.npu.attention import Lengths, NzPages, Rotation
 from eightfold.ops.npu.device import FRACTAL_NZ, SWITCHES, cann_version, open_device
 from eightfold.ops.npu.graphs import Graphs, decodes
-from eightfold.ops.npu.weights import SCHEMES, Grouped, Product, Share, SharedExperts, Summed, Uploader, summed
+from eightfold.ops.npu.weights import (
+    SCHEMES,
+    Grouped,
+    Product,
+    Share,
+    SharedExperts,
+    Summed,
+    Uploader,
+    communicator,
+    summed,
+)
 from eightfold.parallel import Ranks
 from eightfold.types import EightfoldError
 
@@ -120,12 +130,13 @@ class NpuOps(Ops):
         """Weights [out, in] of one width → one matrix on the device, in the layout that its product wants.
 
         With `ranks`, they are this rank's columns: `linear` gives the sum over the world, in fp32, of results of the
-        compute dtype. Scales of activations are each rank's own, so int8 products are not those of one rank.
+        compute dtype. Scales of activations are each rank's own, so int8 products are not those of one rank. Where
+        ranks need not be exact, prompts' products are added up by the multiplication itself, in the compute dtype.
         """
         if ranks is not None and self._graphs is not None:
             raise EightfoldError("graphs (--no-enforce-eager) are captured for one rank only: leave the option out")
         product = self._uploader.linear(weights)
-        return product if ranks is None else Summed(product, ranks.world)
+        return product if ranks is None else Summed(product, ranks.world, communicator(self.npu, ranks))
 
     def prepare_experts(self, experts: Sequence[Expert], share: Share | None = None) -> SharedExperts:
         """A layer's experts → stacked on the device, one upload after the other; the host never holds them together.

@@ -35,6 +35,7 @@ OPERATORS = (  # every fused operation that some path calls
     "npu_weight_quant_batchmatmul",
     "npu_moe_token_unpermute",
     "npu_format_cast",
+    "npu_mm_all_reduce_base",
 )
 
 # The reference system's switches → who heeds them.
@@ -42,6 +43,10 @@ SWITCHES = {
     "ASCEND_RT_VISIBLE_DEVICES": "CANN: the devices that a process sees",
     "INF_NAN_MODE_ENABLE": "torch_npu: infinities and NaNs as IEEE has them (1, its default on 800I A2)",
     "TASK_QUEUE_ENABLE": "torch_npu: launch operations from a second thread (1 or 2)",
+    "HCCL_IF_IP": "HCCL: this machine's address, where several network cards leave a choice (or HCCL_SOCKET_IFNAME)",
+    "HCCL_DETERMINISTIC": "HCCL: true for sums in a fixed order; ours of floats are so without it",
+    "HCCL_BUFFSIZE": "HCCL: MiB of memory for each communicator (200)",
+    "HCCL_CONNECT_TIMEOUT": "HCCL: seconds to wait for the other ranks at the start (120)",
     "ATB_LLM_ENABLE_AUTO_TRANSPOSE": "Eightfold: 0 leaves quantized weights in rows, without the NZ layout",
     "ATB_WORKSPACE_MEM_ALLOC_GLOBAL": "ATB's operations, which 300I DUO's attention uses",
     "ATB_CONTEXT_WORKSPACE_SIZE": "ATB's operations, which 300I DUO's attention uses",
@@ -60,12 +65,13 @@ class Soc:
     dtypes: tuple[torch.dtype, ...]
     fused: bool  # attention over ragged batches, routing, int8 activations, grouped products of experts
     quantized_nz: bool  # whether int8 weights are laid out as NZ outside of graphs
+    adds: bool  # has products that add up over ranks
 
 
 SOCS = (
-    Soc("Ascend910B", "Atlas 800I A2", (torch.bfloat16, torch.float16, torch.float32), True, True),
-    Soc("Ascend910_93", "Atlas 800I A3", (torch.bfloat16, torch.float16, torch.float32), True, True),
-    Soc("Ascend310P", "Atlas 300I DUO", (torch.float16,), False, False),
+    Soc("Ascend910B", "Atlas 800I A2", (torch.bfloat16, torch.float16, torch.float32), True, True, True),
+    Soc("Ascend910_93", "Atlas 800I A3", (torch.bfloat16, torch.float16, torch.float32), True, True, False),
+    Soc("Ascend310P", "Atlas 300I DUO", (torch.float16,), False, False, False),
 )
 
 

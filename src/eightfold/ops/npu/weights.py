@@ -18,10 +18,13 @@ from torch.nn import functional as F
 from eightfold.ops import Expert, Weight
 from eightfold.ops.npu.device import FRACTAL_NZ, Device
 from eightfold.parallel import Group, Ranks
+from eightfold.parallel.device import DeviceGroup
 from eightfold.types import EightfoldError
 
 LARGEST_AXIS = 65535  # of int8 products: rows and columns of a matrix
 LARGEST_FUSED_WIDTH = 10240  # 2·I of npu_grouped_matmul_swiglu_quant, from the documentation of CANN's operator
+ADDING_FROM = 128  # tokens from which a product that adds up over ranks is taken: documented as not for decoding
+ADDING_RANKS = (2, 4, 8)  # documented, on 800I A2 with every device linked to every other
 SCHEMES = ("dense", "w8a8", "w8a16")
 
 
@@ -29,6 +32,9 @@ class Product(Protocol):
     """A prepared matrix."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
+
+    def added(self, x: Tensor, ranks: str) -> Tensor:
+        """The sum over the ranks of a communicator, by its name, in the compute dtype and an order of its choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,9 @@ class Dense:
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
+
+    def added(self, x: Tensor, ranks: str) -> Tensor:
+        return _mm_all_reduce(x, self.weight.t(), ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +64,12 @@ class Int8:
         )
         return y
 
+    def added(self, x: Tensor, ranks: str) -> Tensor:
+        q, scale = torch.ops.npu.npu_dynamic_quant(x)
+        # Beside bf16 results bf16 scales are documented, and only these tell the results' dtype.
+        own = self.scale.to(x.dtype) if x.dtype == torch.bfloat16 else self.scale
+        return _mm_all_reduce(q, self.weight, ranks, dequant_scale=own, pertoken_scale=scale)
+
 
 @dataclass(frozen=True, slots=True)
 class WeightOnly:
@@ -66,6 +81,11 @@ class WeightOnly:
     def __call__(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.npu.npu_weight_quant_batchmatmul(x, self.weight, self.scale)
         return y
+
+    def added(self, x: Tensor, ranks: str) -> Tensor:
+        return _mm_all_reduce(
+            x, self.weight, ranks, antiquant_scale=self.scale, antiquant_offset=torch.zeros_like(self.scale)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,18 +138,37 @@ class SharedExperts:
 
 @dataclass(frozen=True, slots=True)
 class Summed:
-    """A product whose columns the ranks of a group share."""
+    """A product whose columns the ranks of a group share; with a name for their communicator, long ones add up while
+    they multiply."""
 
     product: Product
     group: Group
+    communicator: str | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.communicator is not None and len(x) >= ADDING_FROM:
+            return self.product.added(x, self.communicator)
         return summed(self.product(x), self.group)
 
 
 def summed(x: Tensor, group: Group) -> Tensor:
-    """The sum of the ranks' x, in fp32 and by way of the host, where groups take their numbers."""
-    return group.all_reduce_sum(x.float().cpu()).to(x.device, x.dtype)
+    """The sum of the ranks' x, in fp32 and in the order of the ranks."""
+    return group.all_reduce_sum(x.float()).to(x.dtype)
+
+
+def communicator(device: Device, ranks: Ranks) -> str | None:
+    """What operations of the device call the world of ranks; None where none may add up over it: they do so in 16 bits
+    and in any order, so not for ranks that are to be exact, and not on chips or between numbers of ranks without it."""
+    world = ranks.world
+    if ranks.exact or not device.soc.adds or world.size not in ADDING_RANKS or not isinstance(world, DeviceGroup):
+        return None
+    return str(world.process_group._get_backend(torch.device(device.name)).get_hccl_comm_name(world.rank))
+
+
+def _mm_all_reduce(x: Tensor, weight: Tensor, ranks: str, **scales: Tensor) -> Tensor:
+    """x [T, K], weight [K, N] → [T, N], the sum over the ranks."""
+    y: Tensor = torch.ops.npu.npu_mm_all_reduce_base(x, weight, ranks, reduce_op="sum", **scales)
+    return y
 
 
 class Uploader:
@@ -178,7 +217,8 @@ class Uploader:
     def tensor(self, tensor: Tensor) -> Tensor:
         """A norm in the compute dtype, since the fused norms want one dtype; anything else as it is."""
         with self._memory():
-            return tensor.to(self.device.name, self.dtype if tensor.dim() == 1 else tensor.dtype)
+            norm = tensor.dim() == 1 and tensor.is_floating_point()
+            return tensor.to(self.device.name, self.dtype if norm else tensor.dtype)
 
     def _scheme(self, weights: Sequence[Weight]) -> str:
         schemes = {w.scheme for w in weights}
