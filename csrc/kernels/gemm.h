@@ -2,7 +2,8 @@
 //
 // A result is the sum over blocks of kBlock elements of K, in order; the sum of a block is taken in the lanes of one
 // vector, in order, and then over the lanes in a fixed way. That depends on K alone, not on the tile that a result
-// happens to fall in, so a token's results are bitwise the same in any batch and on any number of threads.
+// happens to fall in, so a token's results are bitwise the same in any batch and on any number of threads. Integer sums
+// are exact, and blocks of any length give the same.
 #pragma once
 
 #include <type_traits>  // types only: see vec/vec.h
@@ -36,6 +37,7 @@ struct DotFloat {
     vf v;
   };
   static constexpr int64_t kStep = VL, kBlock = 1024;
+  static constexpr bool kExact = false;
   static EF_INLINE Vector start() { return zero(); }
   static EF_INLINE XV load_x(const X* p) { return {load(p)}; }
   static EF_INLINE WV load_w(const W* p) { return {load(p)}; }
@@ -54,6 +56,7 @@ struct DotInt8 {
   using XV = Quantized;
   using WV = Weights8;
   static constexpr int64_t kStep = kDot8, kBlock = 4096;
+  static constexpr bool kExact = true;  // sums are the same in any order
   static EF_INLINE Vector start() { return set1_int(0); }
   static EF_INLINE XV load_x(const X* p) { return load_quantized(p); }
   static EF_INLINE WV load_w(const W* p) { return load_weights8(p); }
@@ -73,6 +76,7 @@ struct DotBf16 {
   using XV = Pairs;
   using WV = Pairs;
   static constexpr int64_t kStep = 32, kBlock = 2048;
+  static constexpr bool kExact = false;
   static EF_INLINE Vector start() { return zero(); }
   static EF_INLINE XV load_x(const X* p) { return load_pairs(p); }
   static EF_INLINE WV load_w(const W* p) { return load_pairs(p); }
@@ -313,8 +317,10 @@ void product(const typename D::X* x, int64_t x_stride, int64_t rows, const typen
     stream_of<D, kStreamRows>(rows, x, x_stride, w, w_stride, columns, length, c, ldc, after);
     return;
   }
-  for (int64_t k = 0; k < length; k += D::kBlock) {
-    const int64_t part = smaller(D::kBlock, length - k);
+  // Blocks of K keep near what several tiles of tokens share; for one tile, memory is read faster in long runs.
+  const int64_t block = D::kExact && rows <= kTileRows ? length : D::kBlock;
+  for (int64_t k = 0; k < length; k += block) {
+    const int64_t part = smaller(block, length - k);
     const bool last_part = k + part == length;
     int64_t n = 0;
     for (; n + kTileColumns <= columns; n += kTileColumns) {
