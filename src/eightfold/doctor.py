@@ -225,14 +225,15 @@ def _moe(ops: Ops, scheme: str, tokens: int, inner: int = 192, same: bool = Fals
     def make(rows: int, columns: int) -> StoredWeight:
         return _matrix(rows, columns, scheme, ops.dtype)
 
-    experts = [Expert(make(inner, hidden), make(hidden, inner), make(inner, hidden)) for _ in range(count)]
+    matrices = [(make(inner, hidden), make(hidden, inner), make(inner, hidden)) for _ in range(count)]
+    experts = [Expert(*three) for three in matrices]
     x = _random(tokens, hidden).to(ops.dtype)
     ids = torch.stack([torch.randperm(count, generator=_GENERATOR)[:2] for _ in range(tokens)]).int()
     if same:
         ids[:] = torch.tensor([3, 1])
     weights = torch.rand(tokens, 2, generator=_GENERATOR)
     got = ops.moe(_on(ops, x), _on(ops, ids), _on(ops, weights), ops.prepare_experts(experts))
-    allowed = [experts, [Expert(*map(_float, e)) for e in experts]] if "a8" in scheme else [experts]
+    allowed = [experts, [Expert(*map(_float, three)) for three in matrices]] if "a8" in scheme else [experts]
     return min(_row_error(got, Ops(ops.dtype).moe(x, ids, weights, each)) for each in allowed)
 
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,10 @@ class Product(Protocol):
     """A prepared matrix."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class Matrix(Product, Protocol):
+    """One that ranks can share, each with some columns."""
 
     def added(self, x: Tensor, ranks: str) -> Tensor:
         """The sum over the ranks of a communicator, by its name, in the compute dtype and an order of its choice."""
@@ -141,7 +145,7 @@ class Summed:
     """A product whose columns the ranks of a group share; with a name for their communicator, long ones add up while
     they multiply."""
 
-    product: Product
+    product: Matrix
     group: Group
     communicator: str | None = None
 
@@ -162,7 +166,8 @@ def communicator(device: Device, ranks: Ranks) -> str | None:
     world = ranks.world
     if ranks.exact or not device.soc.adds or world.size not in ADDING_RANKS or not isinstance(world, DeviceGroup):
         return None
-    return str(world.process_group._get_backend(torch.device(device.name)).get_hccl_comm_name(world.rank))
+    backend: Any = world.process_group._get_backend(torch.device(device.name))
+    return str(backend.get_hccl_comm_name(world.rank))
 
 
 def _mm_all_reduce(x: Tensor, weight: Tensor, ranks: str, **scales: Tensor) -> Tensor:
@@ -179,7 +184,7 @@ class Uploader:
         self.dtype = dtype
         self.nz = os.environ.get("ATB_LLM_ENABLE_AUTO_TRANSPOSE", "1") != "0"
 
-    def linear(self, weights: Sequence[Weight]) -> Product:
+    def linear(self, weights: Sequence[Weight]) -> Matrix:
         """Matrices of one width, side by side."""
         scheme = self._scheme(weights)
         with self._memory():
