@@ -43,7 +43,8 @@ def test_every_fused_operation_that_the_backend_names_ran() -> None:
         check.run()
     from eightfold.ops.npu.device import OPERATORS
 
-    assert {op for op in OPERATORS if not CALLS.get(op)} == set()
+    of_several_ranks = {"npu_mm_all_reduce_base"}  # test_ranks.py
+    assert {op for op in OPERATORS if not CALLS.get(op)} - of_several_ranks == set()
 
 
 def test_schemes_are_those_of_the_package() -> None:
