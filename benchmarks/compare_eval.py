@@ -3,17 +3,20 @@
     python benchmarks/compare_eval.py MODEL dev.jsonl --start 0 --count 300 --batch 1 --rounds 3
 
 Prints how many items are scored alike, the largest difference of a log-probability, and the times of interleaved
-rounds. Both compute in float32 with as many threads. Each round of ours has an empty prefix cache, as a first run
-would; transformers gets the same prompts one after the other (or in padded batches) and computes the last position's
-logits only.
+rounds. Both compute in float32 with as many threads, each in a process of its own, as neither's settings of torch and
+the allocator should help or hinder the other. Each round of ours has an empty prefix cache, as a first run would;
+transformers gets the same prompts one after the other (or in padded batches) and computes the last position's logits
+only.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from eightfold.eval.task import Item, LoadOptions
 from eightfold.machine import usable_cores
 
 Scores = list[tuple[float, float]]  # log-probabilities of yes and no, an item each
+Timed = tuple[float, Scores, list[list[int]]]  # seconds, scores, each prompt's token ids
 
 
 def ours(llm: LLM, task: BoolQ, items: Sequence[Item]) -> tuple[Scores, list[list[int]]]:
@@ -53,6 +57,47 @@ def theirs(model: Any, reader: Any, texts: Sequence[str], tokens: tuple[int, int
     return scores
 
 
+def our_side(args: argparse.Namespace, items: Sequence[Item]) -> Callable[[], Timed]:
+    """What runs a round of ours."""
+
+    def run() -> Timed:
+        llm = LLM(args.model, dtype="float32", threads=args.threads)
+        start = time.perf_counter()
+        scores, prompts = ours(llm, BoolQ(), items)
+        return time.perf_counter() - start, scores, prompts
+
+    return run
+
+
+def their_side(args: argparse.Namespace, items: Sequence[Item]) -> Callable[[], Timed]:
+    """What runs a round of theirs."""
+    torch.set_num_threads(args.threads)
+    folder = resolve(args.model)
+    reader = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left", pad_token="</s>")
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.eval()
+    if args.experts:
+        model.set_experts_implementation(args.experts)
+    tokens = tuple(reader(f": {word}", add_special_tokens=False).input_ids[-1] for word in ("yes", "no"))
+    texts = [BoolQ().queries(item)[0].prompt for item in items]
+    prompts = reader(texts).input_ids
+    theirs(model, reader, texts[:2], tokens, args.batch)  # first calls allocate
+
+    def run() -> Timed:
+        start = time.perf_counter()
+        scores = theirs(model, reader, texts, tokens, args.batch)
+        return time.perf_counter() - start, scores, prompts
+
+    return run
+
+
+def child(pipe: Connection, make: Callable[..., Callable[[], Timed]], args: argparse.Namespace, items: Any) -> None:
+    """A side's process: a round for each message, until the other end closes."""
+    run = make(args, items)
+    while pipe.recv():
+        pipe.send(run())
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -65,28 +110,22 @@ def main() -> None:
     parser.add_argument("--experts", help="transformers' way with experts: eager, grouped_mm (default: its own choice)")
     parser.add_argument("--threads", type=int, default=usable_cores())
     args = parser.parse_args()
-    folder = resolve(args.model)
-    task = BoolQ()
-    items = task.load(Path(args.data), LoadOptions())[args.start : args.start + args.count]
-    reader = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left", pad_token="</s>")
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.eval()
-    if args.experts:
-        model.set_experts_implementation(args.experts)
-    tokens = tuple(reader(f": {word}", add_special_tokens=False).input_ids[-1] for word in ("yes", "no"))
-    texts = [task.queries(item)[0].prompt for item in items]
-    seconds: dict[str, list[float]] = {"eightfold": [], "transformers": []}
-    theirs(model, reader, texts[:2], tokens, args.batch)  # first calls allocate
-    for _ in range(args.rounds):
-        llm = LLM(args.model, dtype="float32", threads=args.threads)
-        start = time.perf_counter()
-        own, prompts = ours(llm, task, items)
-        seconds["eightfold"].append(time.perf_counter() - start)
-        torch.set_num_threads(args.threads)  # ours keeps torch at one
-        start = time.perf_counter()
-        other = theirs(model, reader, texts, tokens, args.batch)
-        seconds["transformers"].append(time.perf_counter() - start)
-    assert prompts == reader(texts).input_ids, "the two read a prompt differently"
+    items = BoolQ().load(Path(args.data), LoadOptions())[args.start : args.start + args.count]
+    context = multiprocessing.get_context("spawn")
+    sides: dict[str, Connection] = {}
+    for name, make in (("eightfold", our_side), ("transformers", their_side)):
+        sides[name], other_end = context.Pipe()
+        context.Process(target=child, args=(other_end, make, args, items), daemon=True).start()
+    results: dict[str, list[Timed]] = {name: [] for name in sides}
+    for warm in [True] + [False] * args.rounds:
+        for name, pipe in sides.items():
+            pipe.send(True)
+            result = pipe.recv()
+            if not warm:
+                results[name].append(result)
+    seconds = {name: [result[0] for result in of_side] for name, of_side in results.items()}
+    (_, own, prompts), (_, other, their_prompts) = results["eightfold"][-1], results["transformers"][-1]
+    assert prompts == their_prompts, "the two read a prompt differently"
     pairs = list(zip(own, other, strict=True))
     alike = sum((a[0] > a[1]) == (b[0] > b[1]) for a, b in pairs)
     worst = max(max(abs(a[0] - b[0]), abs(a[1] - b[1])) for a, b in pairs)

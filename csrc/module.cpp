@@ -189,9 +189,6 @@ NB_MODULE(_native, m) {
   m.attr("SHARED_ROWS") = kSharedRows;
   m.attr("MOE_TOKENS") = kMoeTokens;
   m.def("num_threads", &usable_cpus, "Processors that this process may use.");
-  m.def(
-      "want_huge_pages", [](Address data, size_t bytes) { want_huge_pages(pointer<void>(data), bytes); },
-      "Asks for huge pages under memory that nothing was written to yet.");
   m.def("keep_freed_memory", &keep_freed_memory, "Lets the C allocator keep some freed memory for the next tensors.");
   m.def(
       "probe_int8_peak",

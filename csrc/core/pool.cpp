@@ -3,7 +3,6 @@
 #include <pthread.h>
 #include <sched.h>
 #include <sys/mman.h>
-#include <unistd.h>
 #if defined(__GLIBC__)
 #include <malloc.h>
 #endif
@@ -76,14 +75,6 @@ struct Pool::Crew {
   std::atomic<int> served{0};                    // workers that have been inside and have left
 };
 
-void want_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), at = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t begin = (at + page - 1) / page * page, end = (at + bytes) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 void keep_freed_memory() {
 #if defined(__GLIBC__)
   mallopt(M_MMAP_THRESHOLD, 32 << 20);
@@ -104,7 +95,9 @@ char* Buffer::get(size_t bytes) {
   data_ = static_cast<char*>(std::aligned_alloc(align, size));
   if (!data_) throw std::bad_alloc();
   size_ = size;
-  if (large) want_huge_pages(data_, size);
+#if defined(MADV_HUGEPAGE)
+  if (large) madvise(data_, size, MADV_HUGEPAGE);  // only a hint: without it the kernels are a little slower
+#endif
   return data_;
 }
 

@@ -38,9 +38,6 @@ class Worker {
   int64_t taken_ = 0;   // items of this phase that this thread has worked on
 };
 
-// Asks for huge pages under memory that nothing was written to yet. Only a hint: small pages are as right, and slower.
-void want_huge_pages(void* data, size_t bytes);
-
 // Lets the allocator keep up to 128 MiB that were freed, and take pieces of up to 32 MiB from it. Tensors of some MB live
 // for an operation or two; from the system each would come in fresh pages, which cost more to get than to fill.
 void keep_freed_memory();

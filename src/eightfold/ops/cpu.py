@@ -119,14 +119,6 @@ class CpuOps(Ops):
             "read": _native.probe_read_bandwidth(512 << 20, threads, isa),
         }
 
-    def new_pages(self, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Pages:
-        """Memory for one layer's keys and values, in huge pages where the system has them: a long prompt fills much of
-        it for the first time, and decoding reads all of it."""
-        pages = super().new_pages(num_pages, page_size, kv_heads, head_dim, dtype)
-        for tensor in (pages.k, pages.v):
-            _native.want_huge_pages(tensor.data_ptr(), tensor.nbytes)
-        return pages
-
     def prepare_linear(self, weights: Sequence[Weight], ranks: Ranks | None = None) -> _Linear:
         """Weights [out, in] of the same width → the handle for `linear`. They stay where they are."""
         scales: list[Tensor] = []
