@@ -468,6 +468,22 @@ def test_products_do_not_depend_on_the_batch(isa: str, scheme: str, dtype: torch
                 assert torch.equal(got, want_moe[order]), (threads, tokens)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_packed_products_have_the_same_bits(isa: str, stored: torch.dtype) -> None:
+    """Over a short K many tokens are multiplied with packed weights in fp32, and are cut into items by tokens too."""
+    for rows, width in ((101, 133), (32, 512), (7, 16), (33, 5)):
+        weight, x = matrix(rows, width, "dense", stored), torch.randn(150, width)
+        alone = CpuOps(torch.float32, threads=1, isa=isa)
+        linear = alone.prepare_linear([weight])
+        want = torch.cat([alone.linear(x[i : i + 1], linear) for i in range(150)])
+        assert torch.allclose(want, x @ weight.parts["weight"].float().T, atol=1e-4)
+        two = CpuOps(torch.float32, threads=2, isa=isa)
+        linear = two.prepare_linear([weight])
+        for tokens in (23, 24, 25, 29, 150):
+            order = torch.randperm(150)[:tokens]
+            assert torch.equal(two.linear(x[order], linear), want[order]), (rows, width, tokens)
+
+
 @pytest.mark.parametrize("window", [None, 150])
 @pytest.mark.parametrize(
     ("dtype", "kv_dtype"),

@@ -208,8 +208,8 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class Request:
-    """A request as the engine takes it. Times are those of `time.perf_counter`. One that is `passing`, which nobody will
-    continue, leaves the prefix cache to others: only requests that follow soon find what it computed."""
+    """A request as the engine takes it. Times are those of `time.perf_counter`. One that is `passing`, which nobody
+    will continue, leaves the prefix cache to others: only requests that follow soon find what it computed."""
 
     request_id: str
     prompt_token_ids: list[int]
