@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from eightfold.bench.accounting import Formats, Peaks, Row, weight_format
-from eightfold.bench.traffic import Link, Split, exchange_seconds, messages, rank_seconds
+from eightfold.bench.traffic import BLOCK_ROWS, Link, Split, exchange_seconds, messages, rank_seconds
 from eightfold.random_checkpoint import SHAPES
 
 INT8, HALF = weight_format("w8a8", "float16"), weight_format("dense", "bfloat16")
 FORMATS = Formats(INT8, HALF, HALF)
 CONTEXT = 1024
+WHOLE = 1 << 20  # rows of a message between devices: all of a step
 
 
 class Machine(NamedTuple):
@@ -88,13 +89,13 @@ def traffic_tables() -> None:
         )
 
 
-def speed(shape: str, split: Split, machine: Machine) -> tuple[str, str, str]:
+def speed(shape: str, split: Split, machine: Machine, block_rows: int = BLOCK_ROWS) -> tuple[str, str, str]:
     """Predicted: milliseconds of a decode step at batch 1, tokens a second at batch 32, and of a prefill of 2048."""
     config, cells = SHAPES[shape], []
     for batch, new in ((1, 1), (32, 1), (1, 2048)):
         rows = [Row(new, max(new, CONTEXT))] * batch
         work = rank_seconds(config, FORMATS, split, rows, batch, machine.peaks) / machine.reached
-        sent = exchange_seconds(messages(config, split, batch * new, batch), machine.link)
+        sent = exchange_seconds(messages(config, split, batch * new, batch, block_rows), machine.link)
         total, share = work + sent, round(100 * sent / (work + sent))
         what = f"{1000 * total:.1f} ms" if batch == new == 1 else f"{batch * new / total:,.0f} tokens/s"
         cells.append(f"{what} ({share} %)")
@@ -110,7 +111,9 @@ def speed_tables() -> None:
         for shape in SHAPES:
             for split in splits:
                 way = "" if split.ranks == 1 else "exact" if split.exact else "cheap"
-                rows.append((npu.name, shape, f"{split.moe_tp} × {split.moe_ep}", way, *speed(shape, split, npu)))
+                rows.append(
+                    (npu.name, shape, f"{split.moe_tp} × {split.moe_ep}", way, *speed(shape, split, npu, WHOLE))
+                )
     table(head, rows)
     rows = []
     for name, latency, bandwidth in NETWORKS:

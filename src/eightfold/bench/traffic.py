@@ -14,7 +14,7 @@ from typing import NamedTuple
 from eightfold.bench.accounting import Formats, Peaks, Row, Work, attended, attention, experts, linear
 from eightfold.config import ModelConfig
 
-BLOCK_ROWS = 256  # tokens, or pairs of token and expert, whose integer sums go in one message
+BLOCK_ROWS = 256  # tokens, or pairs of token and expert, whose integer sums go in one message between CPUs
 ORDERLESS = 2  # experts a token up to which weighted sums can be added up over ranks in any order
 _NUMBER = 4  # bytes of an fp32 or int32
 _DRAWS = 50  # of random routings, for what the busiest rank gets
@@ -54,17 +54,20 @@ class Link(NamedTuple):
     bandwidth: float
 
 
-def messages(config: ModelConfig, split: Split, tokens: int, logit_rows: int) -> list[Traffic]:
+def messages(
+    config: ModelConfig, split: Split, tokens: int, logit_rows: int, block_rows: int = BLOCK_ROWS
+) -> list[Traffic]:
     """Everything that one step of `tokens` makes the ranks exchange, but for the plan. In the last layer only the
-    `logit_rows` go on after attention. Messages of experts count as many as there must be at least."""
+    `logit_rows` go on after attention. Messages of experts count as many as there must be at least; integer sums go
+    `block_rows` at a time."""
     all_layers = [(config.num_layers - 1, tokens), (1, logit_rows)]
-    result = [line for times, rows in all_layers for line in _layer(config, split, times, rows)]
+    result = [line for times, rows in all_layers for line in _layer(config, split, times, rows, block_rows)]
     vocabulary = -(-config.vocab_size // split.ranks)
     result.append(Traffic("gather", split.ranks, 1, logit_rows * vocabulary * _NUMBER))
     return [line for line in result if line.ranks > 1 and line.number]
 
 
-def _layer(config: ModelConfig, split: Split, times: int, tokens: int) -> list[Traffic]:
+def _layer(config: ModelConfig, split: Split, times: int, tokens: int, block_rows: int) -> list[Traffic]:
     """Of `times` layers that each see `tokens` after attention."""
     row = config.hidden_size * _NUMBER
     if not split.exact:
@@ -72,15 +75,15 @@ def _layer(config: ModelConfig, split: Split, times: int, tokens: int) -> list[T
     pairs = tokens * config.experts_per_token / split.moe_ep
     parts = 1 if config.experts_per_token <= ORDERLESS else config.experts_per_token
     return [
-        *_integers(split.ranks, times, tokens, row),
-        *_integers(split.moe_tp, times, pairs, row),
+        *_integers(split.ranks, times, tokens, row, block_rows),
+        *_integers(split.moe_tp, times, pairs, row, block_rows),
         Traffic("sum", split.moe_ep, times, times * tokens * parts * row),
     ]
 
 
-def _integers(ranks: int, times: int, rows: float, row: int) -> list[Traffic]:
+def _integers(ranks: int, times: int, rows: float, row: int, block_rows: int) -> list[Traffic]:
     """The exact sum of `rows` rows: their absmax, then their integers."""
-    blocks = times * math.ceil(rows / BLOCK_ROWS)
+    blocks = times * math.ceil(rows / block_rows)
     return [Traffic("max", ranks, blocks, times * rows * _NUMBER), Traffic("sum", ranks, blocks, times * rows * row)]
 
 
