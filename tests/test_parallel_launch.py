@@ -169,7 +169,7 @@ HANGS = """import signal, time
 
 def hang(*_):  # from the next step on
     import eightfold.model
-    eightfold.model.Mixtral.forward = {body}
+    eightfold.model.Mixtral.gather = {body}
 
 signal.signal(signal.SIGUSR1, hang)
 """
