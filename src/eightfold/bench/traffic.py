@@ -126,7 +126,7 @@ def rank_seconds(
         seconds += times * sum(part.times(1 / share).limit_seconds(peaks) for part, share in parts)
     seen = sum(attended(row.new, row.kv_len, config.sliding_window) for row in rows)
     kv_tokens = sum(row.kv_len for row in rows)
-    read = attention(0, 1, 1, formats.kv.products, kv_tokens, kv * formats.kv.element)
+    read = attention(0, 1, 1, formats.kv.products, kv_tokens, round(kv * formats.kv.element))
     read = read.times(1 / min(ranks, config.num_kv_heads))
     done = attention(seen, config.num_heads, config.head_dim, formats.kv.products, 0, 0).times(1 / ranks)
     head = linear(logit_rows, config.vocab_size, config.hidden_size, formats.head).times(1 / ranks)
