@@ -139,6 +139,7 @@ KINDS = [
     ("dense", torch.float16, None),
     ("w8a8", torch.bfloat16, None),
     ("w8a16", torch.bfloat16, None),
+    ("w4a16-g32", torch.bfloat16, None),
     ("w8a8", torch.bfloat16, torch.int8),
     ("dense", torch.float16, torch.int8),
 ]

@@ -149,17 +149,21 @@ def group(request: pytest.FixtureRequest) -> Iterator[DeviceGroup]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("scheme", ["dense", "w8a8", "w8a16"])
+@pytest.mark.parametrize("scheme", ["dense", "w8a8", "w8a16", "w4a16"])
 @pytest.mark.parametrize("model", MODELS)
 def test_what_ranks_share_at_true_sizes(
     model: str, scheme: str, dtype: torch.dtype, group: DeviceGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One to eight ranks: the attention's last product and the experts, by sums and by products that add up."""
     size, count = SimpleNamespace(**MODELS[model]), group.size
-    heads, width = -(-size.heads // count), -(-size.width // count) // 16 * 16
+    heads, width = -(-size.heads // count), -(-size.width // count) // 32 * 32
     ops, ranks = NpuOps(dtype), Ranks(group, group, Alone())
-    name = "four" if count in weights.ADDING_RANKS else None
-    monkeypatch.setattr("eightfold.ops.npu.communicator", lambda device, ranks: None if ranks.exact else name)
+    name = "four" if count in weights.ADDING_RANKS and scheme != "w4a16" else None
+
+    def named(device: object, ranks: Ranks, product: object) -> str | None:
+        return None if ranks.exact else name
+
+    monkeypatch.setattr("eightfold.ops.npu.communicator", named)
     with fake() as watch:
         matrix = weight(size.hidden, heads * DIM, scheme, dtype)
         summed, added = (
@@ -181,15 +185,16 @@ def test_what_ranks_share_at_true_sizes(
 
 def test_products_add_up_only_where_that_is_allowed() -> None:
     """Not for ranks that are to be exact, on chips or between numbers of ranks without it, or through the host."""
-    npu = NpuOps(torch.bfloat16).npu
+    npu, matrix = NpuOps(torch.bfloat16).npu, weights.Dense(torch.empty(2, 2))
     world = object.__new__(DeviceGroup)
     named = SimpleNamespace(_get_backend=lambda _: SimpleNamespace(get_hccl_comm_name=lambda rank: f"world of {rank}"))
     world.process_group, world.rank, world.size = named, 1, 2  # type: ignore[assignment]
     ranks = Ranks(world, Alone(), Alone(), exact=False)
-    assert weights.communicator(npu, ranks) == "world of 1"
-    assert weights.communicator(npu, Ranks(world, Alone(), Alone())) is None
+    assert weights.communicator(npu, ranks, matrix) == "world of 1"
+    assert weights.communicator(npu, Ranks(world, Alone(), Alone()), matrix) is None
     other: Any = SimpleNamespace(name=npu.name, soc=SOCS[1])
-    assert weights.communicator(other, ranks) is None
+    assert weights.communicator(other, ranks, matrix) is None
+    assert weights.communicator(npu, ranks, weights.Int4(torch.empty(2, 2), torch.empty(1, 2))) is None
     world.size = 3
-    assert weights.communicator(npu, ranks) is None
-    assert weights.communicator(npu, Ranks(Alone(), Alone(), Alone(), exact=False)) is None
+    assert weights.communicator(npu, ranks, matrix) is None
+    assert weights.communicator(npu, Ranks(Alone(), Alone(), Alone(), exact=False), matrix) is None

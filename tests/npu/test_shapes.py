@@ -56,6 +56,10 @@ def fake() -> Iterator[Watch]:
 
 
 def weight(rows: int, columns: int, scheme: str, dtype: torch.dtype) -> Any:
+    if scheme == "w4a16":
+        packed = {"weight_packed": torch.empty(rows, columns // 8, dtype=torch.int32)}
+        scales = {"weight_scale": torch.empty(rows, columns // 32, dtype=dtype)}
+        return SimpleNamespace(scheme=scheme, shape=(rows, columns), parts=packed | scales)
     parts: dict[str, Tensor] = {"weight": torch.empty(rows, columns, dtype=dtype if scheme == "dense" else torch.int8)}
     if scheme != "dense":
         parts["weight_scale"] = torch.empty(rows, 1)
@@ -83,7 +87,7 @@ def batch_of(rows: list[tuple[int, int]]) -> tuple[Batch, Lengths]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-@pytest.mark.parametrize("scheme", ["dense", "w8a8", "w8a16"])
+@pytest.mark.parametrize("scheme", ["dense", "w8a8", "w8a16", "w4a16"])
 @pytest.mark.parametrize("model", MODELS)
 def test_layer(model: str, scheme: str, ranks: int, dtype: torch.dtype) -> None:
     size = SimpleNamespace(**MODELS[model])
@@ -128,7 +132,7 @@ def test_layer(model: str, scheme: str, ranks: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-@pytest.mark.parametrize("scheme", ["dense", "w8a8", "w8a16"])
+@pytest.mark.parametrize("scheme", ["dense", "w8a8", "w8a16", "w4a16"])
 def test_experts_of_one_rank(scheme: str, ranks: int) -> None:
     """Expert parallel: some experts, whole; the others' tokens are left out."""
     dtype, count = torch.bfloat16, EXPERTS // ranks

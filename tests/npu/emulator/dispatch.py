@@ -35,6 +35,7 @@ def install() -> list[torch.library.Library]:
             if space in libraries and name not in KEPT:
                 libraries[space].impl(name, _kernel(space, name), "PrivateUse1", allow_override=True)
         libraries["npu"].impl("npu_format_cast", lambda input, acl_format, **_: torch.empty_like(input), "Meta")
+        libraries["npu"].impl("npu_convert_weight_to_int4pack", FAKES["npu_convert_weight_to_int4pack"], "Meta")
     return list(libraries.values())
 
 

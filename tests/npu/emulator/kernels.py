@@ -51,8 +51,32 @@ def quant_matmul(x1: Tensor, x2: Tensor, scale: Tensor, pertoken_scale: Tensor, 
     return (sums * scale.float() * pertoken_scale[:, None]).to(as_dtype("npu_quant_matmul", output_dtype))
 
 
-def weight_quant_batchmatmul(x: Tensor, weight: Tensor, antiquant_scale: Tensor, **_: Any) -> Tensor:
-    return (x.float() @ (weight.float() * antiquant_scale.float())).to(x.dtype)
+def weight_quant_batchmatmul(
+    x: Tensor, weight: Tensor, antiquant_scale: Tensor, antiquant_group_size: int, **_: Any
+) -> Tensor:
+    if weight.dtype == torch.int32:
+        weight = int4_unpacked(weight)
+    scale = antiquant_scale.float()
+    if antiquant_group_size:
+        scale = scale.repeat_interleave(antiquant_group_size, 0)[: len(weight)]
+    return (x.float() @ (weight.float() * scale)).to(x.dtype)
+
+
+INTERLEAVED = (0, 4, 1, 5, 2, 6, 3, 7)  # an order of ours: which one CANN has is not documented, and nobody may know it
+
+
+def int4_packed(weight: Tensor, **_: Any) -> Tensor:
+    """[R, C] int32 in -8 … 7 → [R, C / 8] int32."""
+    need(bool(((weight >= -8) & (weight <= 7)).all()), "npu_convert_weight_to_int4pack", "numbers are -8 to 7")
+    shifts = 4 * torch.tensor(INTERLEAVED, dtype=torch.int64)
+    words = ((weight.long() & 15).unflatten(-1, (-1, 8)) << shifts).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).int()
+
+
+def int4_unpacked(packed: Tensor) -> Tensor:
+    shifts = 4 * torch.tensor(INTERLEAVED, dtype=torch.int32)
+    bits = packed[..., None] >> shifts & 15
+    return torch.where(bits > 7, bits - 16, bits).flatten(-2)
 
 
 def mm_all_reduce(
@@ -242,6 +266,8 @@ def grouped_matmul(
 ) -> list[Tensor]:
     op, left, right = "npu_grouped_matmul", x[0], weight[0]
     dtype = left.dtype if output_dtype is None else as_dtype(op, output_dtype)
+    if right.dtype == torch.int32:
+        right = int4_unpacked(right)
     out = torch.full((len(left), right.shape[2]), UNDEFINED).to(dtype)
     # Rows behind the last group are documented as an error, but that is where routing leaves those of other ranks.
     start = 0
@@ -253,7 +279,10 @@ def grouped_matmul(
         else:
             wide = matrix.float()
             if antiquant_scale is not None and antiquant_offset is not None:
-                wide = (wide + antiquant_offset[0][number].float()) * antiquant_scale[0][number].float()
+                by, offset = antiquant_scale[0][number].float(), antiquant_offset[0][number].float()
+                if by.dim() == 2:  # [groups, N]
+                    by, offset = (x.repeat_interleave(len(matrix) // len(x), 0) for x in (by, offset))
+                wide = (wide + offset) * by
             out[start:end] = (part.float() @ wide).to(dtype)
         start = end
     return [out]
@@ -330,6 +359,7 @@ KERNELS = {
     "npu_dynamic_quant": dynamic_quant,
     "npu_quant_matmul": quant_matmul,
     "npu_weight_quant_batchmatmul": weight_quant_batchmatmul,
+    "npu_convert_weight_to_int4pack": int4_packed,
     "npu_mm_all_reduce_base": mm_all_reduce,
     "npu_format_cast": format_cast,
     "npu_rotary_mul": rotary_mul,
@@ -349,8 +379,9 @@ KERNELS = {
     "_npu_paged_attention": paged_attention,
 }
 
-# Results without content, of operations for which torch_npu has no shape function: the ones that graphs need.
+# Results without content, of operations for which torch_npu has no shape function: those that graphs need, and packing.
 FAKES = {
+    "npu_convert_weight_to_int4pack": lambda weight, *_, **__: weight.new_empty(weight.shape[0], weight.shape[1] // 8),
     "npu_fused_infer_attention_score.out": lambda out, **_: tuple(out),
     "_npu_fused_infer_attention_score_get_max_workspace": lambda **call: attention_workspace(**call).to("meta"),
     "_npu_fused_infer_attention_score_infer_output": attention_output,

@@ -153,19 +153,34 @@ def _quant_matmul(
 
 
 @rule("npu_weight_quant_batchmatmul")
-def _weight_quant(x: Tensor, weight: Tensor, antiquant_scale: Tensor, **other: Any) -> None:
-    op = "npu_weight_quant_batchmatmul"
-    only(op, other, antiquant_group_size=0, inner_precise=0)
+def _weight_quant(x: Tensor, weight: Tensor, antiquant_scale: Tensor, antiquant_group_size: int, **other: Any) -> None:
+    op, group = "npu_weight_quant_batchmatmul", antiquant_group_size
+    only(op, other, inner_precise=0)
     dtype_in(op, "x", x, HALVES)
-    dtype_in(op, "weight", weight, (torch.int8,))
+    dtype_in(op, "weight", weight, (torch.int8,) if on_310p() else (torch.int8, torch.int32))
+    int4 = weight.dtype == torch.int32
+    need(not int4 or weight.is_contiguous(), op, "a transposed weight of int4 is not modelled")
+    need(not group or not on_310p(), op, "Ascend310P has no groups")
+    need(not group or (group % 32 == 0 and 32 <= group < x.shape[1]), op, f"groups of {group}: 32 to K - 1, by 32")
     need(x.dim() == weight.dim() == 2, op, "x and weight are matrices")
     need(x.numel() > 0, op, "x must not be empty")
     need(x.shape[1] == weight.shape[0], op, f"x has {x.shape[1]} columns but weight {weight.shape[0]} rows")
     need(max(weight.shape) <= INNER_LIMIT, op, f"K and N are at most {INNER_LIMIT}")
     need(antiquant_scale.dtype == x.dtype, op, f"antiquant_scale is {antiquant_scale.dtype} beside x of {x.dtype}")
-    n = weight.shape[1]
-    need(tuple(antiquant_scale.shape) in ((n,), (1, n)), op, f"antiquant_scale is [{n}] or [1, {n}]")
+    n = weight.shape[1] * (8 if int4 else 1)
+    need(n <= INNER_LIMIT, op, f"N is at most {INNER_LIMIT}")
+    allowed = ((-(-x.shape[1] // group), n),) if group else ((n,), (1, n))
+    need(tuple(antiquant_scale.shape) in allowed, op, f"antiquant_scale is one of {allowed}")
     plain(op, x=x, weight=weight, antiquant_scale=antiquant_scale)  # NZ weights run in graphs only
+
+
+@rule("npu_convert_weight_to_int4pack")
+def _int4pack(weight: Tensor, inner_k_tiles: int) -> None:
+    op = "npu_convert_weight_to_int4pack"
+    need(inner_k_tiles == 0, op, "inner_k_tiles is reserved")
+    dtype_in(op, "weight", weight, (torch.int32,))
+    need(weight.dim() == 2 and weight.shape[1] % 8 == 0, op, "weight is a matrix, its last axis a multiple of 8")
+    contiguous(op, weight=weight)
 
 
 @rule("npu_format_cast")

@@ -71,6 +71,8 @@ def _grouped_matmul(
     need(left.dim() == 2, op, "x is a matrix")
     need(right.dim() == 3, op, f"a single weight is [E, K, N], not of {right.dim()} axes")
     experts, k, n = right.shape
+    if right.dtype == torch.int32:
+        n *= 8  # of int4
     need(left.shape[1] == k, op, f"x has {left.shape[1]} columns, the weight {k} rows")
     need(max(left.shape[1], n) < INNER_LIMIT, op, f"last axes are below {INNER_LIMIT}")
     need(group_list is not None, op, "group_list must be given")
@@ -91,17 +93,23 @@ def _grouped_matmul(
         return
     need(scale is None and per_token_scale is None, op, "scale and per_token_scale are for int8 x")
     need(output_dtype is None or as_dtype(op, output_dtype) == left.dtype, op, "the result has x's dtype")
-    if right.dtype != torch.int8:
+    if right.dtype not in (torch.int8, torch.int32):
         dtype_in(op, "x", left, FLOATS)
         need(right.dtype == left.dtype, op, f"weight is {right.dtype} beside x of {left.dtype}")
         need(antiquant_scale is None and antiquant_offset is None, op, "antiquant is for int8 weights")
         return
     dtype_in(op, "x", left, HALVES)
     for name, values in (("antiquant_scale", antiquant_scale), ("antiquant_offset", antiquant_offset)):
-        need(values is not None and len(values) == 1, op, f"int8 weights beside float x need one {name}")
+        need(values is not None and len(values) == 1, op, f"integer weights beside float x need one {name}")
         assert values is not None
         need(values[0].dtype == left.dtype, op, f"{name} has the dtype of x")
-        shape_is(op, name, values[0], (experts, n))
+        if right.dtype == torch.int32 and values[0].dim() == 3:
+            groups = values[0].shape[1]
+            need(groups > 0 and k % groups == 0, op, f"{groups} groups divide the weight's {k} rows")
+            shape_is(op, name, values[0], (experts, groups, n))
+        else:
+            shape_is(op, name, values[0], (experts, n))
+    need(right.dtype == torch.int8 or right.is_contiguous(), op, "a transposed weight of int4 is not modelled")
 
 
 def _by_tokens(op: str, x: Tensor, weight: Tensor, scale: Any, per_token: Any, output_dtype: Any) -> None:

@@ -136,7 +136,7 @@ class NpuOps(Ops):
         if ranks is not None and self._graphs is not None:
             raise EightfoldError("graphs (--no-enforce-eager) are captured for one rank only: leave the option out")
         product = self._uploader.linear(weights)
-        return product if ranks is None else Summed(product, ranks.world, communicator(self.npu, ranks))
+        return product if ranks is None else Summed(product, ranks.world, communicator(self.npu, ranks, product))
 
     def prepare_experts(self, experts: Sequence[Expert], share: Share | None = None) -> SharedExperts:
         """A layer's experts → stacked on the device, one upload after the other; the host never holds them together.
@@ -218,10 +218,16 @@ class NpuOps(Ops):
     def kernel(self, operation: str, scheme: str) -> str:
         fused = self.soc.fused
         if operation in ("linear", "moe") and (
-            scheme not in SCHEMES or (scheme != "dense" and self.dtype == torch.float32)
+            scheme not in SCHEMES
+            or (scheme != "dense" and self.dtype == torch.float32)
+            or (scheme == "w4a16" and not fused)
         ):
             return "none"
-        int8 = {"w8a8": "npu_quant_matmul", "w8a16": "npu_weight_quant_batchmatmul"}
+        int8 = {
+            "w8a8": "npu_quant_matmul",
+            "w8a16": "npu_weight_quant_batchmatmul",
+            "w4a16": "npu_weight_quant_batchmatmul",
+        }
         if not fused:
             int8["w8a8"] = int8["w8a16"]
         return {

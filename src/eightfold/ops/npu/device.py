@@ -36,6 +36,7 @@ OPERATORS = (  # every fused operation that some path calls
     "npu_moe_token_unpermute",
     "npu_format_cast",
     "npu_mm_all_reduce_base",
+    "npu_convert_weight_to_int4pack",
 )
 
 # The reference system's switches → who heeds them.

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,9 @@ LARGEST_AXIS = 65535  # of int8 products: rows and columns of a matrix
 LARGEST_FUSED_WIDTH = 10240  # 2·I of npu_grouped_matmul_swiglu_quant, from the documentation of CANN's operator
 ADDING_FROM = 128  # tokens from which a product that adds up over ranks is taken: documented as not for decoding
 ADDING_RANKS = (2, 4, 8)  # documented, on 800I A2 with every device linked to every other
-SCHEMES = ("dense", "w8a8", "w8a16")
+SCHEMES = ("dense", "w8a8", "w8a16", "w4a16")
+PACKED = 8  # int4 numbers of an int32
+GROUP_UNIT = 32  # inputs that share a scale, or a multiple
 
 
 class Product(Protocol):
@@ -34,8 +36,8 @@ class Product(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
-class Matrix(Product, Protocol):
-    """One that ranks can share, each with some columns."""
+class Adding(Product, Protocol):
+    """One that can add up over the ranks that share its columns, while it multiplies."""
 
     def added(self, x: Tensor, ranks: str) -> Tensor:
         """The sum over the ranks of a communicator, by its name, in the compute dtype and an order of its choice."""
@@ -93,10 +95,26 @@ class WeightOnly:
 
 
 @dataclass(frozen=True, slots=True)
+class Int4:
+    """int4 [K, N], packed by torch_npu into [K, N / 8] int32; scales [K / group, N] of the compute dtype, or [1, N]."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        groups = len(self.scale)
+        y: Tensor = torch.ops.npu.npu_weight_quant_batchmatmul(
+            x, self.weight, self.scale, antiquant_group_size=x.shape[1] // groups if groups > 1 else 0
+        )
+        return y
+
+
+@dataclass(frozen=True, slots=True)
 class Grouped:
     """A layer's experts for the grouped products: w1 and w3 side by side, [E, H, 2·I], and w2 [E, I, H].
 
-    Scales are None for dense weights; for int8 [E, 2·I] and [E, H], of the dtypes that the products ask for.
+    Scales are None for dense weights; for int8 [E, 2·I] and [E, H], of the dtypes that the products ask for. int4 is
+    packed, [E, H, 2·I / 8], with scales [E, groups, 2·I], or as int8's where a column is one group.
     """
 
     scheme: str
@@ -145,13 +163,14 @@ class Summed:
     """A product whose columns the ranks of a group share; with a name for their communicator, long ones add up while
     they multiply."""
 
-    product: Matrix
+    product: Product
     group: Group
-    communicator: str | None = None
+    communicator: str | None = None  # given only for a product that can add up
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.communicator is not None and len(x) >= ADDING_FROM:
-            return self.product.added(x, self.communicator)
+            adding: Any = self.product
+            return cast("Adding", adding).added(x, self.communicator)
         return summed(self.product(x), self.group)
 
 
@@ -160,11 +179,18 @@ def summed(x: Tensor, group: Group) -> Tensor:
     return group.all_reduce_sum(x.float()).to(x.dtype)
 
 
-def communicator(device: Device, ranks: Ranks) -> str | None:
+def communicator(device: Device, ranks: Ranks, product: Product) -> str | None:
     """What operations of the device call the world of ranks; None where none may add up over it: they do so in 16 bits
-    and in any order, so not for ranks that are to be exact, and not on chips or between numbers of ranks without it."""
+    and in any order, so not for ranks that are to be exact; nor on chips, between numbers of ranks or for schemes
+    without it."""
     world = ranks.world
-    if ranks.exact or not device.soc.adds or world.size not in ADDING_RANKS or not isinstance(world, DeviceGroup):
+    if (
+        isinstance(product, Int4)
+        or ranks.exact
+        or not device.soc.adds
+        or world.size not in ADDING_RANKS
+        or not isinstance(world, DeviceGroup)
+    ):
         return None
     backend: Any = world.process_group._get_backend(torch.device(device.name))
     return str(backend.get_hccl_comm_name(world.rank))
@@ -184,10 +210,12 @@ class Uploader:
         self.dtype = dtype
         self.nz = os.environ.get("ATB_LLM_ENABLE_AUTO_TRANSPOSE", "1") != "0"
 
-    def linear(self, weights: Sequence[Weight]) -> Matrix:
+    def linear(self, weights: Sequence[Weight]) -> Product:
         """Matrices of one width, side by side."""
         scheme = self._scheme(weights)
         with self._memory():
+            if scheme == "w4a16":
+                return Int4(self._packed(weights), self._group_scales(weights))
             rows = self._stack([w.parts["weight"] for w in weights], scheme)  # [N, K]
             if scheme == "dense":
                 return Dense(rows if self.device.soc.fused else self._as_nz(rows))
@@ -201,6 +229,8 @@ class Uploader:
         scheme = self._scheme([w for expert in experts for w in expert])
         if not self.device.soc.fused:
             return OneByOne(tuple((self.linear([e.w1, e.w3]), self.linear([e.w2])) for e in experts))
+        if scheme == "w4a16":
+            return self._experts_int4(experts)
         with self._memory():
             w13 = self._grouped([(e.w1, e.w3) for e in experts], scheme)  # [E, H, 2·I]
             w2 = self._grouped([(e.w2,) for e in experts], scheme)  # [E, I, H]
@@ -219,6 +249,41 @@ class Uploader:
                 scheme, len(experts), w13, w2, scale13 if fused else scale13.to(narrow), scale2.to(narrow), fused
             )
 
+    def _experts_int4(self, experts: Sequence[Expert]) -> Grouped:
+        with self._memory():
+            both: list[list[Sequence[Weight]]] = [[(e.w1, e.w3) for e in experts], [(e.w2,) for e in experts]]
+            w13, w2 = (torch.stack([self._packed(group) for group in groups]) for groups in both)
+            scales = [torch.stack([self._group_scales(group) for group in groups]) for groups in both]
+            scale13, scale2 = (s.squeeze(1) if s.shape[1] == 1 else s for s in scales)  # a column is one group: [E, N]
+            return Grouped("w4a16", len(experts), w13, w2, scale13, scale2)
+
+    def _packed(self, weights: Sequence[Weight]) -> Tensor:
+        """Matrices [n, K] side by side → [K, N / 8] int32, packed as the products want it, which torch_npu knows."""
+        columns, total = weights[0].shape[1], sum(w.shape[0] for w in weights)
+        if max(columns, total) > LARGEST_AXIS or total % PACKED:
+            raise EightfoldError(
+                f"an int4 matrix of {total} by {columns} has no NPU kernel: at most {LARGEST_AXIS} either way, and a "
+                f"multiple of {PACKED} rows"
+            )
+        numbers = torch.empty(columns, total, dtype=torch.int32, device=self.device.name)
+        start = 0
+        for weight in weights:
+            part = _unpacked(weight.parts["weight_packed"])
+            numbers[:, start : start + len(part)].copy_(part.t().contiguous().to(self.device.name))
+            start += len(part)
+        packed: Tensor = torch.ops.npu.npu_convert_weight_to_int4pack(numbers)
+        return packed
+
+    def _group_scales(self, weights: Sequence[Weight]) -> Tensor:
+        """[n, groups] side by side → [groups, N]."""
+        scale = torch.cat([w.parts["weight_scale"].to(self.device.name, self.dtype) for w in weights])  # [N, groups]
+        columns, groups = weights[0].shape[1], scale.shape[1]
+        if groups > 1 and columns // groups % GROUP_UNIT:
+            raise EightfoldError(
+                f"w4a16 in groups of {columns // groups} has no NPU kernel: they must be multiples of {GROUP_UNIT}"
+            )
+        return scale.t().contiguous()
+
     def tensor(self, tensor: Tensor) -> Tensor:
         """A norm in the compute dtype, since the fused norms want one dtype; anything else as it is."""
         with self._memory():
@@ -234,6 +299,8 @@ class Uploader:
         scheme = schemes.pop()
         if scheme not in SCHEMES:
             raise EightfoldError(f"scheme {scheme} has no NPU kernel; there are {', '.join(SCHEMES)}")
+        if scheme == "w4a16" and not self.device.soc.fused:
+            raise EightfoldError(f"scheme w4a16 has no kernel on {self.device.chip} ({self.device.soc.products})")
         if scheme != "dense" and self.dtype == torch.float32:
             raise EightfoldError(f"scheme {scheme} has no NPU kernel for float32: use --dtype bfloat16 or float16")
         return scheme
@@ -288,6 +355,12 @@ class Uploader:
                 f"{self.device.name} ({self.device.chip}) has {free:.1f} of {total:.1f} GiB of memory left, too little "
                 "for the weights: use more devices, or a quantized model"
             ) from error
+
+
+def _unpacked(packed: Tensor) -> Tensor:
+    """[n, K / 8] int32, each of eight numbers + 8, the first in the lowest bits → [n, K] int32 in -8 … 7."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    return ((packed[..., None] >> shifts & 15) - 8).flatten(-2)
 
 
 def _check_axes(matrix: Tensor) -> None:
