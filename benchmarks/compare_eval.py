@@ -92,7 +92,7 @@ def their_side(args: argparse.Namespace, items: Sequence[Item]) -> Callable[[], 
 
 
 def child(pipe: Connection, make: Callable[..., Callable[[], Timed]], args: argparse.Namespace, items: Any) -> None:
-    """A side's process: a round for each message, until the other end closes."""
+    """A side's process: a round for each true message."""
     run = make(args, items)
     while pipe.recv():
         pipe.send(run())
@@ -117,12 +117,12 @@ def main() -> None:
         sides[name], other_end = context.Pipe()
         context.Process(target=child, args=(other_end, make, args, items), daemon=True).start()
     results: dict[str, list[Timed]] = {name: [] for name in sides}
-    for warm in [True] + [False] * args.rounds:
+    for _ in range(args.rounds):
         for name, pipe in sides.items():
             pipe.send(True)
-            result = pipe.recv()
-            if not warm:
-                results[name].append(result)
+            results[name].append(pipe.recv())
+    for pipe in sides.values():
+        pipe.send(False)
     seconds = {name: [result[0] for result in of_side] for name, of_side in results.items()}
     (_, own, prompts), (_, other, their_prompts) = results["eightfold"][-1], results["transformers"][-1]
     assert prompts == their_prompts, "the two read a prompt differently"
