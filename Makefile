@@ -54,7 +54,7 @@ format: $(VENV)/installed-test
 
 sanitize: $(SANITIZED)/installed
 	LD_PRELOAD=$(PRELOAD) ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	PYTHONPATH=$(SANITIZED)/site:$(SITE) $(BASE_PYTHON) -s -m pytest -o pythonpath= -p no:cacheprovider tests/test_ops.py
+	PYTHONPATH=$(SANITIZED)/site:$(SITE) $(BASE_PYTHON) -s -m pytest -o pythonpath= -p no:cacheprovider tests/test_ops.py tests/test_ops_int4.py
 
 # Needs cmake; with CROSS also that compiler (Debian: g++-aarch64-linux-gnu) and qemu-user.
 SELFTEST = build/selftest$(addprefix -,$(CROSS))

@@ -38,7 +38,7 @@ class Worker {
   int64_t taken_ = 0;   // items of this phase that this thread has worked on
 };
 
-// Lets the allocator keep up to 128 MiB that were freed, and take pieces of up to 32 MiB from it. Tensors of some MB live
+// Lets the allocator keep up to 64 MiB that were freed, and take pieces of up to 14 MiB from it. Tensors of some MB live
 // for an operation or two; from the system each would come in fresh pages, which cost more to get than to fill.
 void keep_freed_memory();
 

@@ -78,12 +78,16 @@ void packed_tile(const float* x, int64_t x_stride, const float* packed, int64_t 
         vf many[V];
         EF_UNROLL
         for (int v = 0; v < V; v++) many[v] = load(w + half * kPackedWidth + v * VL);
-        EF_UNROLL
-        for (int m = 0; m < M; m++) {
-          const vf one = set1((m < 3 ? row : row3)[m % 3 * x_stride + half * (VL / 2)]);
+        const auto rows = [&](int first, const float* from) EF_LAMBDA {
           EF_UNROLL
-          for (int v = 0; v < V; v++) acc[half][m][v] = fma(one, many[v], acc[half][m][v]);
-        }
+          for (int m = first; m < smaller(first + 3, M); m++) {
+            const vf one = set1(from[(m - first) * x_stride + half * (VL / 2)]);
+            EF_UNROLL
+            for (int v = 0; v < V; v++) acc[half][m][v] = fma(one, many[v], acc[half][m][v]);
+          }
+        };
+        rows(0, row);
+        if constexpr (M > 3) rows(3, row3);
       }
     }
     EF_UNROLL
