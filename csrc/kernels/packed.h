@@ -80,10 +80,11 @@ void packed_tile(const float* x, int64_t x_stride, const float* packed, int64_t 
         for (int v = 0; v < V; v++) many[v] = load(w + half * kPackedWidth + v * VL);
         const auto rows = [&](int first, const float* from) EF_LAMBDA {
           EF_UNROLL
-          for (int m = first; m < smaller(first + 3, M); m++) {
-            const vf one = set1(from[(m - first) * x_stride + half * (VL / 2)]);
+          for (int i = 0; i < 3; i++) {
+            if (first + i >= M) continue;
+            const vf one = set1(from[i * x_stride + half * (VL / 2)]);
             EF_UNROLL
-            for (int v = 0; v < V; v++) acc[half][m][v] = fma(one, many[v], acc[half][m][v]);
+            for (int v = 0; v < V; v++) acc[half][first + i][v] = fma(one, many[v], acc[half][first + i][v]);
           }
         };
         rows(0, row);
