@@ -102,17 +102,21 @@ def _load_runner(
     dtype = named_dtype("dtype", config.dtype, checkpoint.main_dtype)
     kv_dtype = kv_cache_dtype(config.kv_cache_dtype, dtype)
     ops = get_ops(config.device, dtype, config.threads, config.strict_kernels, graphs=not config.enforce_eager)
-    held = list(Loader(model_config, checkpoint, ops, shard).held())
-    ops.expect_weights(sum(tensor.nbytes for tensor in held))
-    config = replace(config, block_size=ops.page_size(config.block_size))
-    max_model_len = _context(config, model_config)
     if ranks.world.size > 1:
         _compare(ranks.world, model_config, checkpoint, ops)
         ranks = ranks.on(ops.device)
+        shard = shard_of(model_config, ranks)
+    loader = Loader(model_config, checkpoint, ops, shard)
+    held = list(loader.held())
+    ops.expect_weights(sum(tensor.nbytes for tensor in held))
+    config = replace(config, block_size=ops.page_size(config.block_size))
+    max_model_len = _context(config, model_config)
     mine = replace(model_config, num_kv_heads=shard.kv_heads)
     num_pages = _least(ranks.world, kv_pages(config, mine, max_model_len, kv_dtype, ops, ranks.local_size))
-    checkpoint = _into_memory(checkpoint, held, folder, model_config, config, progress, ranks.local_size)
-    model = Mixtral.load(model_config, checkpoint, ops, max_model_len, ranks)
+    loaded = _into_memory(checkpoint, held, folder, model_config, config, progress, ranks.local_size)
+    if loaded is not checkpoint:
+        loader = Loader(model_config, loaded, ops, shard)
+    model = Mixtral(model_config, ops, loader, max_model_len)
     return Runner(model, num_pages, config.block_size, kv_dtype, ranks.world, ranks.watch)
 
 

@@ -133,6 +133,7 @@ class Loader:
         self._names = frozenset(source.names())
         self._source = source
         self._ops = ops
+        self._views: dict[str, StoredWeight] = {}  # what `_stored` has checked already
 
     def tensor(self, name: str) -> Tensor:
         """A norm, gate or embedding, on the device."""
@@ -173,6 +174,11 @@ class Loader:
 
     def _stored(self, name: str) -> StoredWeight:
         """This rank's part of a matrix, as views."""
+        if name not in self._views:
+            self._views[name] = self._checked(name)
+        return self._views[name]
+
+    def _checked(self, name: str) -> StoredWeight:
         scheme: Scheme = self._scheme if self._table[name].quantizable else self._dense
         shape = tuple(self._sizes[axis] for axis in self._table[name].axes)
         wanted = scheme.stored(shape)  # type: ignore[arg-type]
