@@ -33,8 +33,8 @@ std::vector<Matrix> matrices(const std::vector<MatrixTuple>& tuples) {
   std::vector<Matrix> result;
   for (const auto& [data, scale, rows, cols, stride, dtype, float_input, groups] : tuples) {
     const auto& [group_scale, group_dtype, group, group_stride] = groups;
-    result.push_back({pointer<const void>(data), pointer<const float>(scale), rows, cols, stride, dtype_of(dtype), float_input,
-                      {pointer<const void>(group_scale), dtype_of(group_dtype), group, group_stride}});
+    result.push_back({pointer<const void>(data), pointer<const float>(scale), rows, cols, stride, dtype_of(dtype),
+                      float_input, {pointer<const void>(group_scale), dtype_of(group_dtype), group, group_stride}});
   }
   return result;
 }
@@ -53,8 +53,8 @@ void rms_norm(Engine& engine, Address x, int64_t x_stride, Address residual, int
 
 void rope_write(Engine& engine, Address qkv, int64_t qkv_stride, Address cos, Address sin, int64_t table_rows,
                 Address positions, Address slots, Address q, Address k, Address v, Address k_scale,
-                Address v_scale, int kv_dtype, const Strides& k_strides, const Strides& v_strides, int64_t tokens, int64_t heads, int64_t kv_heads,
-                int64_t dim, int64_t pages, int64_t page_size, bool interleaved) {
+                Address v_scale, int kv_dtype, const Strides& k_strides, const Strides& v_strides, int64_t tokens,
+                int64_t heads, int64_t kv_heads, int64_t dim, int64_t pages, int64_t page_size, bool interleaved) {
   RopeWrite args{};
   args.qkv = pointer(qkv);
   args.qkv_stride = qkv_stride;
@@ -80,8 +80,8 @@ void rope_write(Engine& engine, Address qkv, int64_t qkv_stride, Address cos, Ad
 }
 
 void attention(Engine& engine, Address q, Address out, Address k, Address v, Address k_scale, Address v_scale,
-               int kv_dtype, const Strides& k_strides, const Strides& v_strides, Address query_starts, Address kv_lens, Address page_table,
-               int64_t table_stride, int64_t tokens, int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim,
+               int kv_dtype, const Strides& k_strides, const Strides& v_strides, Address query_starts,
+               Address kv_lens, Address page_table, int64_t table_stride, int64_t tokens, int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim,
                int64_t pages, int64_t page_size, int64_t window, bool bf16_products) {
   Attention args{};
   args.q = pointer(q);

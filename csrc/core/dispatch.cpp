@@ -62,8 +62,8 @@ const Variant* variants(int* count) {
 }
 
 int64_t prepared_stride(Input input, int64_t width, int64_t i8_bytes) {
-  if (input >= Input::bf16_packed)
-    return round_up(width, kPackedBlock) * (input == Input::bf16_packed ? 2 : 4) + 64;
+  if (input >= Input::bf16_shuffled)
+    return round_up(width, kShuffledBlock) * (input == Input::bf16_shuffled ? 2 : 4) + 64;
   const bool bytes = input == Input::i8 || input == Input::i8_rounded;
   const int64_t size = bytes ? i8_bytes : input == Input::bf16 ? 2 : 4;
   return round_up(width * size, 64) + 64;

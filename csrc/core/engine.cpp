@@ -65,9 +65,9 @@ Engine::Engine(int threads, const std::string& isa)
 Input Engine::input_for(const Matrix& w, bool rounded) const {
   if (w.dtype == Dtype::i8 && !w.float_input) return rounded ? Input::i8_rounded : Input::i8;
   if (w.groups.size) {
-    if (rounded && kernels_->bf16_dot) return Input::bf16_packed;
+    if (rounded && kernels_->bf16_dot) return Input::bf16_shuffled;
     const bool single = w.groups.size == w.cols, whole = kernels_->int4_line && w.groups.size % kernels_->int4_line == 0;
-    if (single ? kernels_->int4_line : whole) return rounded ? Input::f32_rounded_packed : Input::f32_packed;
+    if (single ? kernels_->int4_line : whole) return rounded ? Input::f32_rounded_shuffled : Input::f32_shuffled;
   }
   if (!rounded) return Input::f32;
   if (w.groups.size) return Input::f32_rounded;

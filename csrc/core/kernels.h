@@ -67,10 +67,19 @@ struct Route {
 };
 
 // Activations as a matrix product reads them: fp32, bf16, or int8 with scales; "rounded": to bf16 before;
-// "packed": in the order in which int4 weights are looked up.
-enum class Input : int32_t { f32 = 0, f32_rounded = 1, bf16 = 2, i8 = 3, i8_rounded = 4, bf16_packed = 5, f32_packed = 6, f32_rounded_packed = 7 };
+// "shuffled": in the order in which int4 weights are looked up.
+enum class Input : int32_t {
+  f32 = 0,
+  f32_rounded = 1,
+  bf16 = 2,
+  i8 = 3,
+  i8_rounded = 4,
+  bf16_shuffled = 5,
+  f32_shuffled = 6,
+  f32_rounded_shuffled = 7,
+};
 constexpr int kInputs = 8;
-constexpr int64_t kPackedBlock = 128;  // inputs whose order is changed among themselves; rows are whole blocks
+constexpr int64_t kShuffledBlock = 128;  // inputs whose order is changed among themselves; rows are whole blocks
 
 struct Prepared {
   char* data = nullptr;  // rows `stride` bytes apart, zero beyond the width
@@ -173,7 +182,7 @@ struct ProbeJob {
 struct Kernels {
   const char* name;
   bool bf16_dot;      // has a kernel for Input::bf16
-  int64_t int4_line;  // the shortest group for Input::f32_packed; 0 where there is no kernel for it
+  int64_t int4_line;  // the shortest group for Input::f32_shuffled; 0 where there is no kernel for it
   int64_t i8_bytes;   // bytes of a quantized activation: 1, or 2 where products need int16
   void (*rms_norm)(const RmsNorm&, Worker&);
   void (*rope_write)(const RopeWrite&, Worker&);

@@ -1,6 +1,6 @@
 #include "kernels/gemm.h"
 
-#include "kernels/packed.h"
+#include "kernels/outer.h"
 
 namespace eightfold::EIGHTFOLD_ISA {
 namespace {
@@ -93,10 +93,10 @@ void multiply_floats(const Matrix& w, const Prepared& x, int64_t x_first, int64_
   using X = typename D::X;
   const int64_t x_stride = x.stride / static_cast<int64_t>(sizeof(X));
   if constexpr (std::is_same_v<X, float>) {
-    if (rows >= kPackedFrom && w.cols <= kPackedMost) {
-      static_assert(D::kBlock >= kPackedMost && D::kStep == VL, "the same sums in the same order");
+    if (rows >= kOuterFrom && w.cols <= kOuterMost) {
+      static_assert(D::kBlock >= kOuterMost && D::kStep == VL, "the same sums in the same order");
       float* sums = w.scale ? static_cast<float*>(scratch) : out;
-      packed_product(reinterpret_cast<const X*>(x.data) + x_first * x_stride, x_stride, rows,
+      product_by_outer(reinterpret_cast<const X*>(x.data) + x_first * x_stride, x_stride, rows,
                      static_cast<const typename D::W*>(w.data) + first * w.stride, w.stride, count, w.cols, sums,
                      w.scale ? kMostColumns : out_stride);
       if (w.scale) scale_columns(sums, rows, count, w.scale + first, out, out_stride);
@@ -128,10 +128,10 @@ void prepare_row(Input input, const float* x, int64_t width, const Prepared& to,
       return prepare_int8<false>(x, width, to, row);
     case Input::i8_rounded:
       return prepare_int8<true>(x, width, to, row);
-    case Input::bf16_packed:
-    case Input::f32_packed:
-    case Input::f32_rounded_packed:
-      return prepare_packed(input, x, width, out);
+    case Input::bf16_shuffled:
+    case Input::f32_shuffled:
+    case Input::f32_rounded_shuffled:
+      return prepare_shuffled(input, x, width, out);
   }
 }
 

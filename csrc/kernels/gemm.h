@@ -351,10 +351,10 @@ void multiply(const Matrix& w, Input input, const Prepared& x, int64_t x_first, 
 void multiply_integers(const Matrix& w, const Prepared& x, int64_t x_first, int64_t rows, int64_t first, int64_t count,
                        int32_t* out, int64_t out_stride, void* scratch, Upcoming after);
 
-// `multiply` for int4 weights, and activations in the order that the packed inputs have.
+// `multiply` for int4 weights, and activations in the order that the shuffled inputs have.
 void multiply_int4(const Matrix& w, Input input, const Prepared& x, int64_t x_first, int64_t rows, int64_t first,
                    int64_t count, float* out, int64_t out_stride, void* scratch, Upcoming after);
-void prepare_packed(Input input, const float* x, int64_t width, char* to);
+void prepare_shuffled(Input input, const float* x, int64_t width, char* to);
 
 // One row of activations → as the product reads it.
 void prepare_row(Input input, const float* x, int64_t width, const Prepared& to, int64_t row);

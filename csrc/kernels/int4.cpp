@@ -334,10 +334,10 @@ void packed_product(const Matrix& w, const char* from, int64_t stride, int64_t r
 
 }  // namespace
 
-void prepare_packed([[maybe_unused]] Input input, [[maybe_unused]] const float* x, [[maybe_unused]] int64_t width,
+void prepare_shuffled([[maybe_unused]] Input input, [[maybe_unused]] const float* x, [[maybe_unused]] int64_t width,
                     [[maybe_unused]] char* to) {
 #if EIGHTFOLD_LEVEL >= 1
-  const bool narrow = input == Input::bf16_packed;
+  const bool narrow = input == Input::bf16_shuffled;
   constexpr int64_t most = 128;
   const int64_t line = narrow ? most : FloatLookup<false>::kLine, numbers = narrow ? 4 : 8, lanes = line / numbers;
   for (int64_t i = 0; i < width; i += line) {
@@ -349,7 +349,7 @@ void prepare_packed([[maybe_unused]] Input input, [[maybe_unused]] const float* 
       if (narrow) {
         store(reinterpret_cast<bf16*>(to) + i + j, exact);
       } else {
-        const bool round = input == Input::f32_rounded_packed;
+        const bool round = input == Input::f32_rounded_shuffled;
         store(reinterpret_cast<float*>(to) + i + j, round ? rounded_to_bf16(exact) : exact);
       }
     }
@@ -364,7 +364,7 @@ void multiply_int4(const Matrix& w, Input input, const Prepared& x, int64_t x_fi
   [[maybe_unused]] const auto run = [&](auto function) { function(w, from, x.stride, rows, first, count, c, after); };
   switch (input) {
 #if EIGHTFOLD_LEVEL >= 3
-    case Input::bf16_packed:
+    case Input::bf16_shuffled:
       if (w.groups.size == 32 && w.cols > 32) {
         run(packed_product<Bf16Lookup<4>>);
       } else if (w.groups.size == 64 && w.cols > 64) {
@@ -375,10 +375,10 @@ void multiply_int4(const Matrix& w, Input input, const Prepared& x, int64_t x_fi
       break;
 #endif
 #if EIGHTFOLD_LEVEL >= 1
-    case Input::f32_packed:
+    case Input::f32_shuffled:
       run(packed_product<FloatLookup<false>>);
       break;
-    case Input::f32_rounded_packed:
+    case Input::f32_rounded_shuffled:
       run(packed_product<FloatLookup<true>>);
       break;
 #endif

@@ -10,13 +10,13 @@
 
 namespace eightfold::EIGHTFOLD_ISA {
 
-constexpr int kPackedHeight = VL == 16 ? 6 : 3;  // tokens of a tile
-constexpr int kPackedVectors = 2;                // vectors of weights of a tile
-constexpr int64_t kPackedWidth = kPackedVectors * VL;
-constexpr int64_t kPackedFrom = 24;   // tokens from which packing pays
-constexpr int64_t kPackedMost = 512;  // elements of K up to which it pays
+constexpr int kOuterHeight = VL == 16 ? 6 : 3;  // tokens of a tile
+constexpr int kOuterVectors = 2;                // vectors of weights of a tile
+constexpr int64_t kOuterWidth = kOuterVectors * VL;
+constexpr int64_t kOuterFrom = 24;   // tokens from which packing pays
+constexpr int64_t kOuterMost = 512;  // elements of K up to which it pays
 constexpr int kPasses = VL / 2;
-constexpr int64_t kPackedFloats = kPasses * (2 * kPackedMost / VL * kPackedWidth + VL);
+constexpr int64_t kOuterFloats = kPasses * (2 * kOuterMost / VL * kOuterWidth + VL);
 
 // The first lane of pass t, its bits in reverse: 0, VL/4, VL/8, … The other one is VL/2 further.
 EF_INLINE int lane_of_pass(int t) {
@@ -26,18 +26,18 @@ EF_INLINE int lane_of_pass(int t) {
 }
 
 // Floats from one pass to the next; the extra vector keeps them from falling on the same cache sets.
-EF_INLINE int64_t pass_stride(int64_t steps) { return 2 * steps * kPackedWidth + VL; }
+EF_INLINE int64_t pass_stride(int64_t steps) { return 2 * steps * kOuterWidth + VL; }
 
-// `columns` ≤ kPackedWidth weights of `length` elements → [passes, steps, 2, kPackedWidth], zero where there are none.
+// `columns` ≤ kOuterWidth weights of `length` elements → [passes, steps, 2, kOuterWidth], zero where there are none.
 template <class T>
 void pack_weights(const T* w, int64_t w_stride, int64_t columns, int64_t length, float* to) {
   const int64_t steps = (length + VL - 1) / VL;
   float* at[VL];
   for (int t = 0; t < kPasses; t++) {
     at[lane_of_pass(t)] = to + t * pass_stride(steps);
-    at[lane_of_pass(t) + VL / 2] = to + t * pass_stride(steps) + kPackedWidth;
+    at[lane_of_pass(t) + VL / 2] = to + t * pass_stride(steps) + kOuterWidth;
   }
-  for (int64_t first = 0; first < kPackedWidth; first += VL) {
+  for (int64_t first = 0; first < kOuterWidth; first += VL) {
     const int64_t count = larger<int64_t>(0, smaller<int64_t>(VL, columns - first));
     for (int64_t s = 0; s < steps; s++) {
       const int64_t left = length - s * VL;
@@ -52,17 +52,17 @@ void pack_weights(const T* w, int64_t w_stride, int64_t columns, int64_t length,
       }
       transpose(r);
       EF_UNROLL
-      for (int i = 0; i < VL; i++) store(at[i] + 2 * s * kPackedWidth + first, r[i]);
+      for (int i = 0; i < VL; i++) store(at[i] + 2 * s * kOuterWidth + first, r[i]);
     }
   }
 }
 
 // M tokens × `columns` packed weights → c[m · ldc + n]. Rows of x are zero up to whole steps.
 template <int M>
-void packed_tile(const float* x, int64_t x_stride, const float* packed, int64_t steps, int64_t columns, float* c,
+void outer_tile(const float* x, int64_t x_stride, const float* packed, int64_t steps, int64_t columns, float* c,
                  int64_t ldc) {
-  constexpr int V = kPackedVectors;
-  alignas(64) float kept[3][M][kPackedWidth];  // sums of 2, 4, 8 lanes that wait for the other half of theirs
+  constexpr int V = kOuterVectors;
+  alignas(64) float kept[3][M][kOuterWidth];  // sums of 2, 4, 8 lanes that wait for the other half of theirs
   vf acc[2][M][V];
   for (int t = 0;; t++, packed += pass_stride(steps)) {
     EF_UNROLL
@@ -72,12 +72,12 @@ void packed_tile(const float* x, int64_t x_stride, const float* packed, int64_t 
     }
     // Few pointers and one stride: the addresses of all rows would not fit the registers.
     const float *row = x + lane_of_pass(t), *row3 = row + 3 * x_stride, *w = packed;
-    for (int64_t s = 0; s < steps; s++, w += 2 * kPackedWidth, row += VL, row3 += VL) {
+    for (int64_t s = 0; s < steps; s++, w += 2 * kOuterWidth, row += VL, row3 += VL) {
       EF_UNROLL
       for (int half = 0; half < 2; half++) {
         vf many[V];
         EF_UNROLL
-        for (int v = 0; v < V; v++) many[v] = load(w + half * kPackedWidth + v * VL);
+        for (int v = 0; v < V; v++) many[v] = load(w + half * kOuterWidth + v * VL);
         const auto rows = [&](int first, const float* from) EF_LAMBDA {
           EF_UNROLL
           for (int i = 0; i < 3; i++) {
@@ -125,29 +125,29 @@ void packed_tile(const float* x, int64_t x_stride, const float* packed, int64_t 
   }
 }
 
-template <int M = kPackedHeight>
-EF_INLINE void packed_tile_of(int rows, const float* x, int64_t x_stride, const float* packed, int64_t steps,
+template <int M = kOuterHeight>
+EF_INLINE void outer_tile_of(int rows, const float* x, int64_t x_stride, const float* packed, int64_t steps,
                               int64_t columns, float* c, int64_t ldc) {
   if (rows == M) {
-    packed_tile<M>(x, x_stride, packed, steps, columns, c, ldc);
+    outer_tile<M>(x, x_stride, packed, steps, columns, c, ldc);
   } else if constexpr (M > 1) {
-    packed_tile_of<M - 1>(rows, x, x_stride, packed, steps, columns, c, ldc);
+    outer_tile_of<M - 1>(rows, x, x_stride, packed, steps, columns, c, ldc);
   }
 }
 
-// x [rows, length] · rows [0, columns) of w → c [rows, columns] at stride ldc, as `product` has it; length ≤ kPackedMost.
+// x [rows, length] · rows [0, columns) of w → c [rows, columns] at stride ldc, as `product` has it; length ≤ kOuterMost.
 template <class T>
-void packed_product(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t w_stride, int64_t columns,
+void product_by_outer(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t w_stride, int64_t columns,
                     int64_t length, float* c, int64_t ldc) {
-  alignas(64) float packed[kPackedFloats];
-  const int64_t tiles = (rows + kPackedHeight - 1) / kPackedHeight, each = rows / tiles, longer = rows % tiles;
+  alignas(64) float packed[kOuterFloats];
+  const int64_t tiles = (rows + kOuterHeight - 1) / kOuterHeight, each = rows / tiles, longer = rows % tiles;
   const int64_t steps = (length + VL - 1) / VL;
-  for (int64_t n = 0; n < columns; n += kPackedWidth) {
-    const int64_t count = smaller(kPackedWidth, columns - n);
+  for (int64_t n = 0; n < columns; n += kOuterWidth) {
+    const int64_t count = smaller(kOuterWidth, columns - n);
     pack_weights(w + n * w_stride, w_stride, count, length, packed);
     for (int64_t t = 0, m = 0; t < tiles; t++) {
       const int height = static_cast<int>(each + (t < longer));
-      packed_tile_of(height, x + m * x_stride, x_stride, packed, steps, count, c + m * ldc + n, ldc);
+      outer_tile_of(height, x + m * x_stride, x_stride, packed, steps, count, c + m * ldc + n, ldc);
       m += height;
     }
   }
