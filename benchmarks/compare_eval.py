@@ -1,6 +1,6 @@
 """BoolQ through `eightfold eval`'s own functions and through a plain transformers loop, on the same weights and tokens:
 
-    python benchmarks/compare_eval.py MODEL dev.jsonl --start 0 --count 300 --batch 1 --rounds 3
+    python benchmarks/compare_eval.py MODEL dev.jsonl --data-parallel-size 2 --rounds 3
 
 Prints how many items are scored alike, the largest difference of a log-probability, and the times of interleaved
 rounds. Both compute in float32 with as many threads, each in a process of its own, as neither's settings of torch and
@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,26 +25,29 @@ from typing import Any
 import torch
 import transformers
 
-from eightfold import LLM
 from eightfold.checkpoint import resolve
-from eightfold.eval.ask import Prompting, ask
+from eightfold.config import EngineConfig
+from eightfold.eval.ask import Engines, Prompting, ask
 from eightfold.eval.boolq import BoolQ
+from eightfold.eval.evaluate import neighbours
 from eightfold.eval.task import Item, LoadOptions
+from eightfold.loader import load_engine
 from eightfold.machine import usable_cores
+from eightfold.replicas import Replicas
 
 Scores = list[tuple[float, float]]  # log-probabilities of yes and no, an item each
 Timed = tuple[float, Scores, list[list[int]]]  # seconds, scores, each prompt's token ids
 
 
-def ours(llm: LLM, task: BoolQ, items: Sequence[Item]) -> tuple[Scores, list[list[int]]]:
-    """Every item through the engine → its scores and its prompt's token ids."""
-    scores: dict[int, tuple[float, float]] = {}
-    prompts: dict[int, list[int]] = {}
-    queries = ((number, task.queries(item)[0]) for number, item in enumerate(items))
-    for number, answer in ask(llm.engine, queries, Prompting(task.max_input or 3072)):
+def ours(engines: Engines, task: BoolQ, items: Sequence[Item]) -> tuple[Scores, list[list[int]]]:
+    """Every item through the engine, as `evaluate` does it → its scores and its prompt's token ids."""
+    scores: dict[str, tuple[float, float]] = {}
+    prompts: dict[str, list[int]] = {}
+    queries = ((item.key, task.queries(item)[0]) for item in neighbours(items, task.beginning))
+    for key, answer in ask(engines, queries, Prompting(task.max_input or 3072)):
         yes, no = answer.logprobs
-        scores[number], prompts[number] = (yes, no), answer.prompt_token_ids
-    return [scores[n] for n in range(len(items))], [prompts[n] for n in range(len(items))]
+        scores[key], prompts[key] = (yes, no), answer.prompt_token_ids
+    return [scores[item.key] for item in items], [prompts[item.key] for item in items]
 
 
 @torch.inference_mode()
@@ -61,10 +66,12 @@ def our_side(args: argparse.Namespace, items: Sequence[Item]) -> Callable[[], Ti
     """What runs a round of ours."""
 
     def run() -> Timed:
-        llm = LLM(args.model, dtype="float32", threads=args.threads)
-        start = time.perf_counter()
-        scores, prompts = ours(llm, BoolQ(), items)
-        return time.perf_counter() - start, scores, prompts
+        count = args.data_parallel_size
+        config = EngineConfig(args.model, dtype="float32", threads=max(1, args.threads // count))
+        with closing(load_engine(config) if count == 1 else Replicas(config, count)) as engines:
+            start = time.perf_counter()
+            scores, prompts = ours(engines, BoolQ(), items)
+            return time.perf_counter() - start, scores, prompts
 
     return run
 
@@ -104,7 +111,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("data")
     parser.add_argument("--start", type=int, default=0)
-    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--count", type=int, default=sys.maxsize, help="items from there on (default: all)")
+    parser.add_argument("--data-parallel-size", type=int, default=1, help="of ours")
     parser.add_argument("--batch", type=int, default=1, help="of transformers; ours batches as it does by itself")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--experts", help="transformers' way with experts: eager, grouped_mm (default: its own choice)")
@@ -115,7 +123,7 @@ def main() -> None:
     sides: dict[str, Connection] = {}
     for name, make in (("eightfold", our_side), ("transformers", their_side)):
         sides[name], other_end = context.Pipe()
-        context.Process(target=child, args=(other_end, make, args, items), daemon=True).start()
+        context.Process(target=child, args=(other_end, make, args, items)).start()
     results: dict[str, list[Timed]] = {name: [] for name in sides}
     for _ in range(args.rounds):
         for name, pipe in sides.items():

@@ -15,7 +15,8 @@ from eightfold import LLM, SamplingParams
 from eightfold.cli import main
 from eightfold.eval.ask import Prompting, ask, shorten
 from eightfold.eval.boolq import BoolQ
-from eightfold.eval.evaluate import evaluate
+from eightfold.eval.evaluate import evaluate, neighbours
+from eightfold.eval.longbench import LongBench
 from eightfold.eval.records import Records
 from eightfold.eval.results import DEBUG_COLUMNS
 from eightfold.eval.task import Answer, Compare, Generate, Item, Likelihood, LoadOptions
@@ -202,6 +203,16 @@ def test_a_failed_request_leaves_no_record(llm: LLM, tmp_path: Path, monkeypatch
     done = evaluate(llm.engine, task, items, Prompting(3072), records, failed=failures.append)
     assert len(done) == 1 and len(failures) == 1 and "not finite" in failures[0]
     assert not llm.engine.has_unfinished_requests
+
+
+def test_what_begins_alike_is_asked_in_a_row() -> None:
+    rows = [{**ROW, "title": title, "question": f"is it {number}"} for number, title in enumerate("ABACB")]
+    items = [Item(str(number), "boolq", "yes", row) for number, row in enumerate(rows)]
+    assert [item.key for item in neighbours(items, BoolQ().beginning)] == ["0", "2", "1", "4", "3"]
+    assert neighbours(items, lambda item: None) == items
+    long = [{"set": "qasper", "row": {"context": context, "input": str(n)}} for n, context in enumerate("xyx")]
+    about = [Item(str(number), "qasper", "", data) for number, data in enumerate(long)]
+    assert [item.key for item in neighbours(about, LongBench().beginning)] == ["0", "2", "1"]
 
 
 def test_a_likelihood_is_the_sum_over_a_continuation(llm: LLM) -> None:

@@ -29,7 +29,7 @@ LEVELS = (
     ("engine",),
     ("loader", "random_checkpoint"),
     ("worker",),
-    ("async_engine", "llm"),
+    ("async_engine", "llm", "replicas"),
     ("server", "eval", "bench", "quantize", "compare", "doctor"),
     ("commands", "compat"),
     ("cli",),

@@ -29,15 +29,15 @@ def main(follow: Callable[[Job], None]) -> int:
 
     The rank does `follow` → the exit code.
     """
-    _ignore_interrupts()
+    ignore_interrupts()
     text = sys.stdin.buffer.readline()
     if not text:
         return 1
     message = json.loads(text)
     threading.Thread(target=_end_with_input, daemon=True).start()
     if message["thread"]:  # it is with the thread that the system ends us, and another one may end before its process
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)  # reaches a stopped process, too
-    if os.getppid() != message["parent"]:
+        end_with(message["parent"])
+    elif os.getppid() != message["parent"]:
         return 1
     from eightfold.parallel.place import Place  # imports torch
 
@@ -48,7 +48,7 @@ def main(follow: Callable[[Job], None]) -> int:
 def follow_as_told(options: Mapping[str, Any]) -> int:
     """This process, which a user or torchrun started, as a rank other than 0 → its exit code. Nothing goes to standard
     output. `options` are fields of EngineConfig. Raises EightfoldError on options that contradict one another."""
-    _ignore_interrupts()
+    ignore_interrupts()
     from eightfold.parallel.launch import device_of
     from eightfold.parallel.place import find_place
 
@@ -89,10 +89,17 @@ def _follow(
     return 1
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C is rank 0's: it ends the others."""
+def ignore_interrupts() -> None:
+    """Ctrl-C is for the process that a user started: it ends the others."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def end_with(parent: int) -> None:
+    """Be killed when the process `parent`, which started this one, ends; at once if it has ended already."""
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)  # reaches a stopped process, too
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _end_with_input() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from eightfold.checkpoint import resolve
 from eightfold.commands import console
 from eightfold.commands.options import engine_options
 from eightfold.config import EngineConfig, load_model_config
-from eightfold.eval.ask import Prompting
+from eightfold.eval.ask import Engines, Prompting
 from eightfold.eval.data import find_data
 from eightfold.eval.evaluate import data_fingerprint, evaluate, first_of_each
 from eightfold.eval.records import Records
@@ -20,8 +22,8 @@ from eightfold.eval.results import check_writable, table, write_results
 from eightfold.eval.settings import run_settings
 from eightfold.eval.task import Item, LoadOptions, Task
 from eightfold.eval.tasks import get_tasks
-from eightfold.llm import LLM
 from eightfold.loader import load_tokenizer
+from eightfold.replicas import Replicas
 from eightfold.types import EightfoldError
 
 
@@ -55,16 +57,31 @@ def _tasks(args: argparse.Namespace, folder: Path) -> int:
             "data": data_fingerprint(items),
         }
         files[task.name] = Records(folder / f"{task.name}.jsonl", own, args.overwrite), own
-    llm, _ = console.load(args)
     failures: list[str] = []
-    for task, items in loaded:
-        records, own = files[task.name]
-        _run(llm, task, first_of_each(items, args.limit), _prompting(task, args), records, own, failures)
+    with _loaded(args) as engines:
+        for task, items in loaded:
+            records, own = files[task.name]
+            _run(engines, task, first_of_each(items, args.limit), _prompting(task, args), records, own, failures)
     return int(bool(failures))
 
 
+@contextmanager
+def _loaded(args: argparse.Namespace) -> Iterator[Engines]:
+    """The engine that answers, or --data-parallel-size of them."""
+    if args.data_parallel_size == 1:
+        llm, _ = console.load(args)
+        with llm:
+            yield llm.engine
+        return
+    console.show_warnings(args)
+    with console.progress("Loading", "B", scale=True) as update:
+        replicas = Replicas(EngineConfig(**engine_options(args)), args.data_parallel_size, update)
+    with closing(replicas):
+        yield replicas
+
+
 def _run(
-    llm: LLM,
+    engines: Engines,
     task: Task,
     items: list[Item],
     prompting: Prompting,
@@ -82,7 +99,7 @@ def _run(
 
     try:
         with console.progress(task.title, "item") as update:
-            done = evaluate(llm.engine, task, items, prompting, records, update, failed)
+            done = evaluate(engines, task, items, prompting, records, update, failed)
     except KeyboardInterrupt:
         console.note(f"{task.name}: {len(records.done)} items are kept; the same command goes on with the others")
         raise
@@ -154,7 +171,7 @@ def _lm_eval(args: argparse.Namespace, folder: Path) -> int:
     manager = check_tasks(options)
     check_writable(folder)
     settings = run_settings(engine_options(args), chat=args.chat)
-    llm, _ = console.load(args)
-    print(run_lm_eval(llm.engine, manager, options, settings), flush=True)
+    with _loaded(args) as engines:
+        print(run_lm_eval(engines, manager, options, settings), flush=True)
     print(f"results in {folder}", file=sys.stderr)
     return 0

@@ -6,9 +6,8 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from eightfold.engine import Engine
 from eightfold.eval.task import Answer, Compare, Generate, Likelihood, Query
 from eightfold.tokenizer import Tokenizer
 from eightfold.types import EightfoldError, Request, RequestOutput, RequestOutputKind, SamplingParams
@@ -16,6 +15,19 @@ from eightfold.types import EightfoldError, Request, RequestOutput, RequestOutpu
 AHEAD = 512  # requests that the engine holds at most: enough to fill any batch, and texts are not all tokenized at once
 
 T = TypeVar("T")
+
+
+class Engines(Protocol):
+    """Who answers: an `Engine`, or several of one model (`Replicas`)."""
+
+    tokenizer: Tokenizer | None
+    max_model_len: int
+
+    def add(self, request: Request) -> None: ...
+
+    def step(self) -> list[RequestOutput]: ...
+
+    def abort(self, request_id: str) -> object: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +52,7 @@ class Scored:
     shortened: int = 0
 
 
-def ask(engine: Engine, queries: Iterable[tuple[T, Query]], prompting: Prompting) -> Iterator[tuple[T, Answer]]:
+def ask(engine: Engines, queries: Iterable[tuple[T, Query]], prompting: Prompting) -> Iterator[tuple[T, Answer]]:
     """Put queries to the model; each answer comes with what came with its query, as soon as it is there.
 
     Raises EightfoldError if a query can't be run; a request that fails in the middle gives an Answer with an error.
@@ -53,7 +65,7 @@ def ask(engine: Engine, queries: Iterable[tuple[T, Query]], prompting: Prompting
         yield tag, answer(scored, output)
 
 
-def run(engine: Engine, plans: Iterable[tuple[T, Scored]]) -> Iterator[tuple[T, Scored, RequestOutput]]:
+def run(engine: Engines, plans: Iterable[tuple[T, Scored]]) -> Iterator[tuple[T, Scored, RequestOutput]]:
     """Run requests together, at most AHEAD in the engine at a time; each comes back when it has finished."""
     waiting = iter(plans)
     running: dict[str, tuple[T, Scored]] = {}

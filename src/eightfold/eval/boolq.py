@@ -29,6 +29,9 @@ class BoolQ(Task):
         prompt = f"{row['title']} -- {row['passage']}\nQuestion: {row['question']}?\nAnswer:"
         return (Compare(prompt, (": yes", ": no")),)
 
+    def beginning(self, item: Item) -> object:
+        return item.data["title"], item.data["passage"]
+
     def score(self, item: Item, answers: Sequence[Answer]) -> Verdict:
         yes, no = answers[0].logprobs
         said = "yes" if yes > no else "no"

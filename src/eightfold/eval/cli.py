@@ -46,6 +46,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="another name of --max-num-seqs",
     )
     group.add_argument(
+        "--data-parallel-size",
+        type=int,
+        metavar="N",
+        default=1,
+        help="engines that share out the items, each in a process of its own with its share of the cores: faster where "
+        "the model is small (default: 1)",
+    )
+    group.add_argument(
         "--allow-code-execution",
         action="store_true",
         help="run code that the model has written (humaneval; some lm-eval tasks), with limits but as this user",

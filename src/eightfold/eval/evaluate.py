@@ -7,8 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from eightfold.engine import Engine
-from eightfold.eval.ask import Prompting, ask
+from eightfold.eval.ask import Engines, Prompting, ask
 from eightfold.eval.records import Records
 from eightfold.eval.task import Answer, Item, Query, Record, Task
 from eightfold.types import Progress
@@ -33,8 +32,17 @@ def first_of_each(items: Sequence[Item], limit: int | None) -> list[Item]:
     return kept
 
 
+def neighbours(items: Sequence[Item], beginning: Callable[[Item], object]) -> list[Item]:
+    """The items in their order, but each of those with an equal beginning right behind the first of them."""
+    groups: dict[object, list[Item]] = {}
+    for number, item in enumerate(items):
+        what = beginning(item)
+        groups.setdefault(("alone", number) if what is None else ("shared", what), []).append(item)
+    return [item for group in groups.values() for item in group]
+
+
 def evaluate(
-    engine: Engine,
+    engine: Engines,
     task: Task,
     items: Sequence[Item],
     prompting: Prompting,
@@ -47,7 +55,7 @@ def evaluate(
     `progress` hears (finished, in all); `failed` hears of each item whose request failed in the middle, which leaves no
     record. Raises EightfoldError if an item can't be asked at all.
     """
-    todo = [item for item in items if item.key not in records.done]
+    todo = neighbours([item for item in items if item.key not in records.done], task.beginning)
     finished = len(items) - len(todo)
     if progress:
         progress(finished, len(items))
@@ -64,7 +72,7 @@ def evaluate(
 
 
 def _answered(
-    engine: Engine, task: Task, items: Sequence[Item], prompting: Prompting
+    engine: Engines, task: Task, items: Sequence[Item], prompting: Prompting
 ) -> Iterator[tuple[Item, Sequence[Query], list[Answer]]]:
     """Each item with its queries and all its answers, once the last of them is there."""
     pending: dict[int, tuple[Item, Sequence[Query], dict[int, Answer]]] = {}

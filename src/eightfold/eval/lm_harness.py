@@ -25,8 +25,7 @@ except ImportError as error:
 
 from tqdm import tqdm
 
-from eightfold.engine import Engine
-from eightfold.eval.ask import Scored, continuation_scores, run, token_scores
+from eightfold.eval.ask import Engines, Scored, continuation_scores, run, token_scores
 from eightfold.tokenizer import Tokenizer
 from eightfold.types import EightfoldError, RequestOutputKind, SamplingParams
 
@@ -55,7 +54,7 @@ class EightfoldLM(TemplateLM):
     """An engine as lm-eval's language model. Texts become tokens as in lm-eval's own `hf` model: the tokenizer's BOS in
     front unless it is there, and control tokens where the text (a chat template's, say) spells them."""
 
-    def __init__(self, engine: Engine, chat_template: str | None = None, name: str = "eightfold") -> None:
+    def __init__(self, engine: Engines, chat_template: str | None = None, name: str = "eightfold") -> None:
         """Raises EightfoldError if the engine has no tokenizer."""
         super().__init__()
         if engine.tokenizer is None:
@@ -216,7 +215,7 @@ def check_tasks(options: LmEvalOptions) -> TaskManager:
     return manager
 
 
-def run_lm_eval(engine: Engine, manager: TaskManager, options: LmEvalOptions, settings: Mapping[str, Any]) -> str:
+def run_lm_eval(engine: Engines, manager: TaskManager, options: LmEvalOptions, settings: Mapping[str, Any]) -> str:
     """Run tasks of the register that `check_tasks` gave, write lm_eval_results.json → lm-eval's table.
 
     Each answer is kept in a data base whose name holds a fingerprint of `settings`, so an interrupted run goes on.

@@ -69,6 +69,9 @@ class LongBench(Task):
         stop = ("\n",) if item.data["set"] == "samsum" else ()
         return (Generate(prompt, item.data["length"], stop),)
 
+    def beginning(self, item: Item) -> object:
+        return item.data["set"], item.data["row"]["context"]
+
     def score(self, item: Item, answers: Sequence[Answer]) -> Verdict:
         said, name, row = answers[0].text, item.data["set"], item.data["row"]
         if name in FIRST_LINE:

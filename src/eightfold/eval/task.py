@@ -107,6 +107,12 @@ class Task(ABC):
     def queries(self, item: Item) -> Sequence[Query]:
         """What to ask the model for an item, at least one query."""
 
+    def beginning(self, item: Item) -> object:
+        """What the prompts of some items begin with: those of an equal one are asked in a row, so that it is computed
+        once. None of an item that shares nothing worth it, or stands beside its like already."""
+        del item
+        return None
+
     @abstractmethod
     def score(self, item: Item, answers: Sequence[Answer]) -> Verdict:
         """Judge the answers to `queries(item)`, in their order."""

@@ -143,7 +143,7 @@ class Job:
         who = f"rank {rank} (process {pid})"
         if kind == _GONE:
             child = self._children.get(rank)
-            return f"{who} {_how_ended(child.poll()) if child else 'is gone'}"
+            return f"{who} {how_ended(child.poll()) if child else 'is gone'}"
         if kind == _SILENT:
             seconds = self.config.distributed_timeout_seconds
             return f"{who} gave no sign of life for {seconds} s: it is stopped, or its machine hangs"
@@ -192,7 +192,7 @@ class Job:
     def _children_live(self) -> None:
         for rank, child in self._children.items():
             if (code := child.poll()) is not None:
-                raise RankError(f"rank {rank} (process {child.pid}) {_how_ended(code)} while it started")
+                raise RankError(f"rank {rank} (process {child.pid}) {how_ended(code)} while it started")
 
     def _end_children(self, patience: float) -> None:
         until = time.monotonic() + patience
@@ -349,7 +349,8 @@ class Job:
         return wanted or len(cores or [0])
 
 
-def _how_ended(code: int | None) -> str:
+def how_ended(code: int | None) -> str:
+    """What to say of a process by its exit code: None while it runs, negative where a signal killed it."""
     if code is None:
         return "is gone"
     if code >= 0:
