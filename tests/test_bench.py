@@ -117,7 +117,7 @@ def test_prefill_drops_all_but_the_logit_rows_in_the_last_layer() -> None:
     scales = 4 * (128 + 2 * 64 + 64)
     assert work.layers.bytes == 3 * (qkv + o + scales) + (8 + 7 + 2) * (expert + 4 * (96 + 96 + 64))
     assert work.head == Work({"bf16": 2 * 320 * 64}, 2 * 320 * 64)
-    assert work.attention == Work({"bf16": 3 * 4 * 55 * 8 * 16}, 3 * 10 * 2 * 4 * 16 * 2)
+    assert work.attention == Work({"bf16": 4 * (55 + 55 + 10) * 8 * 16}, 3 * 10 * 2 * 4 * 16 * 2)
     assert work.bytes == work.layers.bytes + work.head.bytes + work.attention.bytes
     assert full_layer_operations(TINY, 10) == 2 * 10 * (qkv + o + 2 * expert)
 
@@ -309,7 +309,7 @@ def test_samples_account_for_what_ran(folder: Path) -> None:
     session = Session.open(engine_fields(options, str(folder), replace(TINY, scheme="w8a8"), planned(options)[:6]))
     whole = session.prefill(70)
     assert whole.tokens == 70 and whole.seconds > 0
-    assert whole.work.attention.total_operations == 3 * 4 * 8 * 16 * 70 * 71 / 2
+    assert whole.work.attention.total_operations == 4 * 8 * 16 * (2 * 70 * 71 / 2 + 70)
     shared, own = (session.decode(3, 40, 2, distinct) for distinct in (False, True))
     assert shared.tokens == own.tokens == 6
     token = 3 * 2 * 4 * 16 * 2  # the prompt and two tokens are there when timing begins; 32 of them share a page

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from eightfold.config import ModelConfig
-from eightfold.ops import Batch, Expert, ExpertShare, Ops, Pages, Rope
+from eightfold.ops import Batch, Expert, ExpertShare, Ops, Pages, Rope, TailedBatch
 from eightfold.parallel import Ranks, alone
 from eightfold.quant import Part, Scheme, get_scheme
 from eightfold.quant import Weight as StoredWeight
@@ -259,9 +259,13 @@ class Mixtral:
         for number, (layer, kv) in enumerate(zip(self._layers, pages, strict=True)):
             x, residual = ops.rms_norm(x, layer.attention_norm, eps, residual)
             q = ops.rope_write_kv(ops.linear(x, layer.qkv), self._rope, batch, kv)  # [T, Hq, D]
-            x = ops.attention(q, batch, kv, config.sliding_window)  # [T, Hq·D]
             if number == last:  # nothing after this reads the other tokens: T becomes L
-                x, residual = x[batch.logit_rows], residual[batch.logit_rows]
+                residual = residual[batch.logit_rows]
+                if isinstance(batch, TailedBatch):
+                    q, batch = q[batch.of_tail], batch.tail
+            x = ops.attention(q, batch, kv, config.sliding_window)  # [T, Hq·D]
+            if number == last:
+                x = x[batch.logit_rows]
             x = ops.linear(x, layer.o)  # [T, H]
             x, residual = ops.rms_norm(x, layer.moe_norm, eps, residual)
             ids, weights = ops.route(x, layer.gate, config.experts_per_token)  # [T, K]

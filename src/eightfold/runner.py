@@ -5,6 +5,7 @@ Rank 0's runner sends each Plan to the others before it runs it; theirs follow.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eightfold.model import Mixtral
-from eightfold.ops import Batch
+from eightfold.ops import Batch, TailedBatch
 from eightfold.parallel import Alone, Group, Watch, unwatched
 from eightfold.plan_bytes import STOP, decode, encode
 from eightfold.types import Plan
@@ -77,7 +78,7 @@ class Runner:
         self._lead = False
 
     def _step(self, plan: Plan) -> Tensor:
-        batch = make_batch(plan, self.page_size, torch.device("cpu"))
+        batch = with_tail(make_batch(plan, self.page_size, torch.device("cpu")))
         return self._model.gather(self._model.ops.run(self._launch, batch))
 
 
@@ -103,3 +104,28 @@ def make_batch(plan: Plan, page_size: int, device: torch.device) -> Batch:
         np.array(plan.logit_rows, np.int64),
     )
     return Batch(*(torch.from_numpy(array).to(device) for array in arrays))
+
+
+def with_tail(batch: Batch) -> Batch:
+    """A batch on the host with its tail, unless that would be all of it."""
+    starts, wanted = batch.query_starts.numpy(), batch.logit_rows.numpy()  # [R + 1], [L]
+    row = np.searchsorted(starts, wanted, side="right") - 1  # [L]
+    rows, first = np.unique(row, return_index=True)  # with logits, and where theirs begin: they come row by row
+    counts = starts[rows + 1] - wanted[first]
+    if counts.sum() == len(batch.ids):
+        return batch
+    ends = np.concatenate(([0], counts.cumsum())).astype(np.int32)
+    moved = wanted[first] - ends[:-1]  # [rows] how far a row's tokens move to the front
+    tokens = np.arange(ends[-1]) + np.repeat(moved, counts)  # [tail's T]
+    of_tail, kept = torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(rows)
+    tail = Batch(
+        batch.ids[of_tail],
+        batch.positions[of_tail],
+        batch.slots[of_tail],
+        torch.from_numpy(ends),
+        batch.kv_lens[kept],
+        batch.page_table[kept],
+        torch.from_numpy(wanted - moved[np.searchsorted(rows, row)]),
+    )
+    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return TailedBatch(**tensors, tail=tail, of_tail=of_tail)

@@ -174,9 +174,9 @@ def model_step(
 ) -> Step:
     """A step of the model over `rows`.
 
-    `hits` are the different experts that each layer's tokens chose. In the last layer only the `logit_rows` tokens
-    go on after attention, as in `Mixtral.forward`. The first `shared` positions are the same pages in all rows, and
-    count once.
+    `hits` are the different experts that each layer's tokens chose. In the last layer attention and what follows are
+    for the `logit_rows` tokens only, the last ones of their rows, as in `Mixtral.forward`. The first `shared` positions
+    are the same pages in all rows, and count once.
     """
     tokens, weights = sum(row.new for row in rows), formats.matrices
     hidden, query = config.hidden_size, config.num_heads * config.head_dim
@@ -186,14 +186,21 @@ def model_step(
         left = logit_rows if number == config.num_layers - 1 else tokens
         layers += linear(tokens, qkv, hidden, weights) + linear(left, hidden, query, weights)
         layers += experts(left * config.experts_per_token, hit, hidden, config.intermediate_size, weights)
-    pairs = sum(attended(row.new, row.kv_len, config.sliding_window) for row in rows)
-    first_seen = [_first_seen(row, config.sliding_window) for row in rows]
+    seen = _attention(config, formats, rows, shared).times(config.num_layers - 1)
+    seen += _attention(config, formats, [row._replace(new=1) for row in rows[:logit_rows]], shared)
+    head = linear(logit_rows, config.vocab_size, hidden, formats.head)
+    return Step(layers, seen, head)
+
+
+def _attention(config: ModelConfig, formats: Formats, rows: Sequence[Row], shared: int) -> Work:
+    """One layer's attention, of which `shared` positions count once."""
+    window = config.sliding_window
+    pairs = sum(attended(row.new, row.kv_len, window) for row in rows)
+    first_seen = [_first_seen(row, window) for row in rows]
     kv_tokens = sum(row.kv_len - first for row, first in zip(rows, first_seen, strict=True))
     kv_tokens -= sum(max(0, shared - first) for first in first_seen[1:])
     kv_bytes = kv_token_bytes(config, formats.kv)
-    seen = attention(pairs, config.num_heads, config.head_dim, formats.kv.products, kv_tokens, kv_bytes)
-    head = linear(logit_rows, config.vocab_size, hidden, formats.head)
-    return Step(layers, seen.times(config.num_layers), head)
+    return attention(pairs, config.num_heads, config.head_dim, formats.kv.products, kv_tokens, kv_bytes)
 
 
 def full_layer_operations(config: ModelConfig, tokens: int) -> float:

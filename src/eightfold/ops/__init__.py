@@ -111,7 +111,17 @@ class Batch:
     logit_rows: Tensor  # [L] int64, tokens whose logits are wanted
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(*(getattr(self, name).to(device) for name in self.__slots__))
+        return Batch(*(getattr(self, name).to(device) for name in Batch.__slots__))
+
+
+@dataclass(frozen=True, slots=True)
+class TailedBatch(Batch):
+    """A batch with what is left of it once all keys and values are written: of each row the tokens from the first whose
+    logits are wanted. It is for backends that compute on the host: `to` gives a plain batch, as devices would have to
+    wait for the tail's lengths."""
+
+    tail: Batch
+    of_tail: Tensor  # [tail's T] int64, the numbers of its tokens here
 
 
 @dataclass(frozen=True, slots=True)
