@@ -176,7 +176,7 @@ def test_data_is_found_where_users_of_the_reference_have_it(tmp_path: Path, monk
         (b'{"question": "a"}\n{"question"', r"dev\.jsonl:2 is not valid JSON"),
         (b'{"question": "a"}\n\n[]', r"dev\.jsonl:3 holds a list; an object with question is needed"),
         (b'{"answer": "a"}', r"dev\.jsonl:1 has no 'question'; it has answer"),
-        (b'{"question": 3}', r"dev\.jsonl:1: 'question' is 3; it must be a text"),
+        (b'{"question": 3}', r"dev\.jsonl:1: 'question' is 3; it must be of type str"),
         (b'{"question": "a"}\n\xff', r"dev\.jsonl:2 is not text in UTF-8 \(byte 0xff\)"),
         (b"\n", r"dev\.jsonl holds no item"),
     ],

@@ -163,7 +163,7 @@ def test_token_ids() -> None:
         (["run", "demo", "x", "--logprobs", "2"], "--json"),
         (["run", "demo", "x", "--prompt-token-ids", "1"], "not several of them"),
         (["run", "demo", ""], "prompt 1 is empty"),
-        (["run", "demo", "--prompt-file", "absent.txt"], "cannot read the prompt file absent.txt: No such file"),
+        (["run", "demo", "--prompt-file", "absent.txt"], "cannot read absent.txt: No such file"),
         (["run", "demo", "x", "--no-chat", "--system", "y"], "--system is for chat"),
         (["run", "demo", "x", "--no-chat", "--chat-template", "{{ messages }}"], "give one of them"),
         (["run", "demo", "x", "--chat-template", "absent.jinja"], "absent.jinja"),
@@ -343,7 +343,7 @@ def test_prompt_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ("name", "content", "message"),
     [
         ("a.txt", "\n \n", "holds no prompt"),
-        ("a.txt", b"\xff\xfe", "not text in UTF-8: byte 0 is 0xff"),
+        ("a.txt", b"\xff\xfe", ":1 is not text in UTF-8 (byte 0xff)"),
         ("a.jsonl", '{"prompt": "x"}\nx', "a.jsonl:2 is not valid JSON"),
         (
             "a.jsonl",

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eightfold.data_files import write_text
 from eightfold.types import EightfoldError
 
 
@@ -66,19 +67,7 @@ def check_outputs(*paths: str | None) -> None:
 
 def write_json(path: str, value: Any) -> None:
     """Raises EightfoldError if the file can't be written."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: str, text: str) -> None:
-    """The file, or nothing of it. Raises EightfoldError if it can't be written."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="")
-        temporary.replace(target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise EightfoldError(f"cannot write {path}: {error.strerror}") from None
+    write_text(Path(path), json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def probe_line(readings: Sequence[dict[str, float]]) -> str:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from pathlib import Path
 
-from eightfold.bench.report import check_outputs, table, write_text
+from eightfold.bench.report import check_outputs, table, write_json
 from eightfold.commands import console
 from eightfold.compare import CompareOptions, Report, compare, short_lines
 from eightfold.compare.page import page
 from eightfold.compare.report import agreement, percent, size
+from eightfold.data_files import write_text
 
 
 def main(args: argparse.Namespace) -> int:
@@ -21,9 +22,9 @@ def main(args: argparse.Namespace) -> int:
     with bars() as progress:
         report = compare(options, progress)
     if args.json:
-        write_text(args.json, json.dumps(report.as_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        write_json(args.json, report.as_json())
     if args.html:
-        write_text(args.html, page(report))
+        write_text(Path(args.html), page(report))
     print(render(report))
     return 0
 

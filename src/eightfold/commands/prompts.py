@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import select
 import stat
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eightfold.commands.options import QUESTION
+from eightfold.data_files import decode, numbered_lines, parse_json, read_text
 from eightfold.types import EightfoldError
 
 Conversation = list[dict[str, Any]]
@@ -57,7 +57,7 @@ def _piped() -> str | None:
 
 
 def _read_stdin(empty_is_fine: bool = False) -> str:
-    text = _decode(_stdin_bytes(), "standard input").strip("\r\n")
+    text = decode(_stdin_bytes(), "standard input").strip("\r\n")
     if not text.strip() and not empty_is_fine:
         raise EightfoldError("standard input is empty; it should hold the prompt")
     return text if text.strip() else ""
@@ -71,29 +71,19 @@ def _stdin_bytes() -> bytes:
 
 def _from_file(name: str) -> list[Prompt]:
     if name == "-":
-        name, data = "standard input", _stdin_bytes()
+        name = "standard input"
+        text = decode(_stdin_bytes(), name)
     else:
-        try:
-            data = Path(name).read_bytes()
-        except OSError as error:
-            raise EightfoldError(f"cannot read the prompt file {name}: {error.strerror}") from None
+        text = read_text(Path(name))
     structured = name.endswith(".jsonl")
-    lines = enumerate(_decode(data, name).split("\n"), 1)  # not splitlines: it also splits at characters inside JSON
-    prompts: list[Prompt] = []
-    for number, line in lines:
-        if line.strip():
-            where = f"{name}:{number}"
-            prompts.append(_from_json(line, where) if structured else line.rstrip("\r"))
+    prompts = [_from_json(line, f"{name}:{at}") if structured else line for at, line in numbered_lines(text)]
     if not prompts:
         raise EightfoldError(f"{name} holds no prompt")
     return prompts
 
 
 def _from_json(line: str, where: str) -> Prompt:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        raise EightfoldError(f"{where} is not valid JSON") from None
+    value = parse_json(line, where)
     kinds = {"prompt": str, "prompt_token_ids": list, "messages": list}
     if not isinstance(value, dict) or len(value) != 1 or not kinds.keys() >= value.keys():
         found = f"the keys {sorted(value)}" if isinstance(value, dict) else f"a {type(value).__name__}"
@@ -107,10 +97,3 @@ def _from_json(line: str, where: str) -> Prompt:
         raise EightfoldError(f"{where}: {key} is empty")
     found_prompt: Prompt = prompt
     return found_prompt
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise EightfoldError(f"{where} is not text in UTF-8: byte {error.start} is {data[error.start]:#04x}") from None

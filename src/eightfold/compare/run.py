@@ -13,7 +13,7 @@ from torch import Tensor
 from eightfold.compare.measures import Outcomes
 from eightfold.compare.models import Model, check_alike, open_model, shared_tokenizer
 from eightfold.compare.report import Bucket, ModelReport, Report, TokenReport
-from eightfold.compare.texts import Windows, cut, default_documents, random_windows, read_text
+from eightfold.compare.texts import Windows, cut, default_documents, given_text, random_windows
 from eightfold.compare.walk import Side, mean, walk
 from eightfold.compare.weights import by_kind, overall, weight_distances
 from eightfold.loader import kv_cache_dtype, named_dtype
@@ -79,7 +79,7 @@ def compare(options: CompareOptions, progress: Progress | None = None) -> Report
     kv_b = kv_a
     if options.kv_cache_dtype_b is not None:
         kv_b = kv_cache_dtype(options.kv_cache_dtype_b, dtype, "kv-cache-dtype-b")
-    text = None if options.text is None else read_text(options.text)
+    text = None if options.text is None else given_text(options.text)
     a, b = open_model(options.a, options.allow_pickle), open_model(options.b, options.allow_pickle)
     check_alike(a, b)
     tokenizer = shared_tokenizer(a, b)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from eightfold.data_files import read_text
 from eightfold.hub import resolve
 from eightfold.tokenizer import Tokenizer
 from eightfold.types import EightfoldError
@@ -69,16 +70,9 @@ class Windows:
         return sum(map(len, self.ids))
 
 
-def read_text(path: str) -> str:
+def given_text(path: str) -> str:
     """The text of a file. Raises EightfoldError if it can't be read, isn't UTF-8 or has nothing in it."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise EightfoldError(f"cannot read the text {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise EightfoldError(
-            f"the text {path} is not UTF-8: byte {error.start} is {error.object[error.start]}"
-        ) from None
+    text = read_text(Path(path))
     if not text.strip():
         raise EightfoldError(f"the text {path} is empty; a few hundred words say something about a model")
     return text

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from eightfold.compat.environment import Environment
-from eightfold.compat.layout import Layout, make_layout
+from eightfold.compat.layout import DEGREES, Layout, make_layout
+from eightfold.data_files import numbered_lines, parse_json, read_text
 from eightfold.types import EightfoldError
 
 SCRIPT_QUESTION, SCRIPT_OUTPUT_LENGTH = "Who is the CEO of Google?", 10
 QUESTION = "What's deep learning?"
-_DEGREES = ("dp", "tp", "moe_tp", "pp", "microbatch_size", "moe_ep", "sp", "cp")
 _SCRIPT_DEGREES = ("dp", "tp", "moe_tp", "moe_ep")
 
 Conversation = list[dict[str, Any]]
@@ -141,14 +141,14 @@ def _parser(name: str, usage: str) -> Parser:
     add("--max_loras", type=int, default=0, metavar="N")
     add("--max_lora_rank", type=int, default=0, metavar="N")
     group = parser.add_argument_group("ranks")
-    for degree in _DEGREES:
+    for degree in DEGREES:
         group.add_argument(f"--{degree}", type=int, default=-1, metavar="N")
     return parser
 
 
 def _dialogue(args: argparse.Namespace, environment: Environment, ranks: int | None, named: str) -> Dialogue:
     _refuse(args)
-    degrees = {name: getattr(args, name) for name in _DEGREES}
+    degrees = {name: getattr(args, name) for name in DEGREES}
     if environment.torchrun_ranks is not None:
         ranks, named = environment.torchrun_ranks, "torchrun's WORLD_SIZE"
     layout = make_layout(degrees, ranks, named)
@@ -234,10 +234,10 @@ def _inputs(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
 def _texts(words: Sequence[str]) -> list[str]:
     if len(words) == 1 and len(words[0]) < 4096 and "\n" not in words[0] and Path(words[0]).is_file():
-        lines = [line for line in _read(Path(words[0])).split("\n") if line.strip()]
+        lines = [line for _, line in numbered_lines(read_text(Path(words[0])))]
         if not lines:
             raise EightfoldError(f"{words[0]} holds no prompt")
-        return [line.rstrip("\r") for line in lines]
+        return lines
     if "" in words:
         raise EightfoldError("--input_texts holds an empty text")
     return list(words)
@@ -274,13 +274,8 @@ def _dict_prompts(text: str) -> list[str]:
 
 def _conversations(name: str) -> list[Conversation]:
     found = []
-    for number, line in enumerate(_read(Path(name)).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            raise EightfoldError(f"{name}:{number} is not valid JSON") from None
+    for number, line in numbered_lines(read_text(Path(name))):
+        value = parse_json(line, f"{name}:{number}")
         good = isinstance(value, list) and value and all(isinstance(one, dict) for one in value)
         if not good or any(not isinstance(one.get(key), str) for one in value for key in ("role", "content")):
             raise EightfoldError(f"{name}:{number} must be a list of messages with role and content")
@@ -288,15 +283,6 @@ def _conversations(name: str) -> list[Conversation]:
     if not found:
         raise EightfoldError(f"{name} holds no conversation")
     return found
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise EightfoldError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise EightfoldError(f"{path} is not text in UTF-8 (byte {error.start})") from None
 
 
 def _boolean(text: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from eightfold.types import EightfoldError
 
 UNSET = -1
-_NAMES = ("dp", "tp", "moe_tp", "pp", "microbatch_size", "moe_ep", "sp", "cp")
+DEGREES = ("dp", "tp", "moe_tp", "pp", "microbatch_size", "moe_ep", "sp", "cp")
 _REFUSED = {
     "dp": "one engine batches all requests of its ranks; for copies of the model start the command several times",
     "pp": "layers are not spread over ranks here; tensor or expert parallelism (tp, moe_ep) shares the weights out",
@@ -48,8 +48,6 @@ def make_layout(degrees: Mapping[str, int], world: int | None, world_name: str) 
     Without a `world` it is tp, or 1. Raises EightfoldError on a degree that is not there, or that contradicts another.
     """
     for name, value in degrees.items():
-        if name not in _NAMES:
-            raise AssertionError(name)
         if value < 1 and value != UNSET:
             raise EightfoldError(f"{name} is {value}; it must be at least 1, or -1 for the default")
         if name in _REFUSED and value > 1:

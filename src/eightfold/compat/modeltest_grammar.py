@@ -21,6 +21,7 @@ from pathlib import Path
 
 from eightfold.bench.requests.lengths import Case, parse_batches, parse_cases, parse_ranges
 from eightfold.compat.layout import UNSET, Layout, make_layout
+from eightfold.data_files import numbered_lines, read_text
 from eightfold.types import EightfoldError
 
 DATA_TYPES = {"pa_fp16": "fp16", "pa_bf16": "bf16", "fa": "fp16", "basic": "fp16"}
@@ -261,14 +262,9 @@ def _degrees(left: _Words) -> dict[str, int]:
 
 def _texts(word: str) -> tuple[str, ...]:
     if not word.lstrip().startswith("["):
-        try:
-            lines = Path(word).read_bytes().decode("utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-            raise EightfoldError(
-                f'{word!r} is neither a list of texts such as ["a","b"] nor a file of them ({reason})'
-            ) from None
-        texts = [line.rstrip("\r") for line in lines if line.strip()]
+        if not Path(word).is_file():
+            raise EightfoldError(f'{word!r} is neither a list of texts such as ["a","b"] nor a file of them')
+        texts = [line for _, line in numbered_lines(read_text(Path(word)))]
     else:
         try:
             value = ast.literal_eval(word)

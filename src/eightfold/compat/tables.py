@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from eightfold.compat.timed import Timed
-from eightfold.types import EightfoldError
+from eightfold.data_files import csv_text, write_text
+from eightfold.eval.results import check_writable
 
 BENCHMARK_COLUMNS = (
     *("batch_size", "input_seq_len", "output_seq_len", "e2e_time(ms)", "prefill_time(ms)", "decoder_token_time(ms)"),
@@ -63,24 +62,15 @@ def write_performance(path: Path, rows: Sequence[list[str]]) -> None:
     header = [_FORMATTED_COLUMNS.get(name, name) for name in PERFORMANCE_COLUMNS]
     lines = ["|".join(cell.ljust(width) for cell, width in zip(row, _WIDTHS, strict=False)) for row in (header, *rows)]
     formatted = path.with_name(path.name.removesuffix("_result.csv") + "_formatted_result.csv")
-    write_text(formatted, "\n".join(lines) + "\n")
+    write_text(make_folder_of(formatted), "\n".join(lines) + "\n")
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Raises EightfoldError where it can't be written."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+    write_text(make_folder_of(path), csv_text(header, rows))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Raises EightfoldError where it can't be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise EightfoldError(f"cannot write {path}: {error.strerror}") from None
+def make_folder_of(path: Path) -> Path:
+    """The path, whose folder is there now. Raises EightfoldError where it can't be made, or written into."""
+    check_writable(path.parent)
+    return path

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from eightfold.data_files import read_text
+from eightfold.data_files import data_folders, parse_json, read_text
 from eightfold.types import EightfoldError
-
-REFERENCE = Path("tests") / "modeltest" / "data"  # where users of the reference system keep their data sets
-
-Kinds = Mapping[str, type | tuple[type, ...]]
 
 
 def find_data(name: str, patterns: Sequence[str], given: str | None) -> Path:
@@ -28,9 +23,7 @@ def find_data(name: str, patterns: Sequence[str], given: str | None) -> Path:
         if not any(Path(given).match(pattern) for pattern in patterns):
             raise EightfoldError(f"{given} is no file of {name}; it has files such as {' or '.join(patterns)}")
         return Path(given)
-    if given is not None and not Path(given).is_dir():
-        raise EightfoldError(f"--data {given}: there is no such file or folder")
-    tried = [REFERENCE / name, Path("data") / name, Path(name)] if given is None else [Path(given) / name, Path(given)]
+    tried = data_folders(name, given)
     for folder in tried:
         if any(next(folder.glob(pattern), None) for pattern in patterns):
             return folder
@@ -45,40 +38,8 @@ def files_in(place: Path, pattern: str) -> list[Path]:
     return [place] if place.is_file() else sorted(place.glob(pattern))
 
 
-def read_jsonl(path: Path, kinds: Kinds) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row) of each line that isn't blank. Raises EightfoldError on a row without a key of `kinds`, or
-    with another type there."""
-    number = 0
-    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines would also split inside of JSON
-        if line.strip():
-            yield number, check_row(parse_json(line, f"{path}:{number}"), kinds, f"{path}:{number}")
-    if not number:
-        raise EightfoldError(f"{path} is empty")
-
-
-def parse_json(text: str, where: str) -> Any:
-    """Raises EightfoldError, with `where`, on text that is not JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise EightfoldError(f"{where} is not valid JSON: {error}") from None
-
-
 def read_json(path: Path) -> Any:
     return parse_json(read_text(path), str(path))
-
-
-def check_row(row: Any, kinds: Kinds, where: str) -> dict[str, Any]:
-    """The row, if it has every key of `kinds` with its type. Raises EightfoldError that says what is missing."""
-    if not isinstance(row, dict):
-        raise EightfoldError(f"{where} holds a {type(row).__name__}; an object with {', '.join(kinds)} is needed")
-    for key, kind in kinds.items():
-        if key not in row:
-            raise EightfoldError(f"{where} has no {key!r}; it has {', '.join(map(str, row)) or 'nothing'}")
-        if not isinstance(row[key], kind) or (isinstance(row[key], bool) and kind is not bool):
-            names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
-            raise EightfoldError(f"{where}: {key!r} is {row[key]!r:.60}; it must be of type {names}")
-    return row
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -25,6 +25,7 @@ except ImportError as error:
 
 from tqdm import tqdm
 
+from eightfold.data_files import write_text
 from eightfold.eval.ask import Engines, Scored, continuation_scores, run, token_scores
 from eightfold.tokenizer import Tokenizer
 from eightfold.types import EightfoldError, RequestOutputKind, SamplingParams
@@ -236,12 +237,6 @@ def run_lm_eval(engine: Engines, manager: TaskManager, options: LmEvalOptions, s
         confirm_run_unsafe_code=options.allow_code_execution,
         log_samples=False,
     )
-    path = options.folder / "lm_eval_results.json"
-    try:
-        temporary = path.with_name(path.name + ".tmp")
-        content = {"settings": dict(settings), **results}
-        temporary.write_text(json.dumps(content, indent=2, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise EightfoldError(f"cannot write {path}: {error.strerror}") from None
+    content = json.dumps({"settings": dict(settings), **results}, indent=2, default=str, ensure_ascii=False)
+    write_text(options.folder / "lm_eval_results.json", content + "\n")
     return str(make_table(results))

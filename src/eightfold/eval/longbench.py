@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eightfold.data_files import read_jsonl
 from eightfold.eval import text_scores as scores
-from eightfold.eval.data import choose_subjects, need_file, read_json, read_jsonl
+from eightfold.eval.data import choose_subjects, need_file, read_json
 from eightfold.eval.task import Answer, Generate, Item, LoadOptions, Query, Task, Verdict
 from eightfold.types import EightfoldError
 

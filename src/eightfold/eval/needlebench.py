@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eightfold.eval.data import choose_subjects, need_file, read_jsonl
+from eightfold.data_files import read_jsonl
+from eightfold.eval.data import choose_subjects, need_file
 from eightfold.eval.task import Answer, Generate, Item, LoadOptions, Query, Task, Verdict
 from eightfold.eval.text_scores import levenshtein
 from eightfold.types import EightfoldError

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eightfold.eval.data import choose_subjects, files_in, read_jsonl
+from eightfold.data_files import read_jsonl
+from eightfold.eval.data import choose_subjects, files_in
 from eightfold.eval.task import Answer, Generate, Item, LoadOptions, Query, Task, Verdict
 from eightfold.types import EightfoldError
 

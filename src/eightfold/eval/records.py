@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from eightfold.data_files import write_text
 from eightfold.eval.task import Record
 from eightfold.types import EightfoldError
 
@@ -50,10 +51,8 @@ class Records:
     def _begin(self) -> IO[str]:
         """The file with what it has so far, written anew, so that a line which an interruption cut short is gone."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(self.path.name + ".tmp")
         kept = [{"settings": self._settings}, *(asdict(record) for record in self.done.values())]
-        temporary.write_text("".join(json.dumps(one) + "\n" for one in kept), encoding="utf-8")
-        temporary.replace(self.path)
+        write_text(self.path, "".join(json.dumps(one) + "\n" for one in kept))
         return self.path.open("a", encoding="utf-8")
 
     def _lines(self) -> list[dict[str, Any]]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import io
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eightfold.data_files import csv_text, write_text
 from eightfold.eval.task import Record, Task
 from eightfold.types import EightfoldError
 
@@ -113,8 +111,8 @@ def write_results(folder: Path, task: Task, records: Sequence[Record], settings:
     """Write TASK_result.csv, TASK_debug.csv and TASK_result.json into `folder` → the rows. Each file is there whole or
     not at all. Raises EightfoldError where it can't be written."""
     rows = summarize(task, records)
-    _write(folder / f"{task.name}_result.csv", _csv(RESULT_COLUMNS, map(result_cells, rows)))
-    _write(folder / f"{task.name}_debug.csv", _csv(DEBUG_COLUMNS, map(debug_cells, records)))
+    write_text(folder / f"{task.name}_result.csv", csv_text(RESULT_COLUMNS, map(result_cells, rows)))
+    write_text(folder / f"{task.name}_debug.csv", csv_text(DEBUG_COLUMNS, map(debug_cells, records)))
     named = [
         {"name": row.name, "items": row.items, "correct": row.correct, **row.scores, "interval_95": [row.low, row.high]}
         for row in rows
@@ -126,16 +124,18 @@ def write_results(folder: Path, task: Task, records: Sequence[Record], settings:
         "total": named[0],
         "rows": named[1:],
     }
-    _write(folder / f"{task.name}_result.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / f"{task.name}_result.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return rows
 
 
 def check_writable(folder: Path) -> None:
     """Make the folder if need be. Raises EightfoldError if it can't be made, or nothing can be written there."""
-    with _writing(folder):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise EightfoldError(f"cannot write {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise EightfoldError(f"cannot write {folder}: no permission")
 
 
 def result_cells(row: Row) -> tuple[Any, ...]:
@@ -148,26 +148,3 @@ def debug_cells(record: Record) -> tuple[Any, ...]:
     queries = record.queries if isinstance(record.queries, str) else json.dumps(record.queries, ensure_ascii=False)
     ids = json.dumps(record.input_token_ids), json.dumps(record.output_token_ids)
     return record.key, queries, *ids, record.test_result, record.golden_result, record.passed
-
-
-def _csv(header: Sequence[str], rows: Any) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    with _writing(path):
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise EightfoldError(f"cannot write {path}: {error.strerror}") from None

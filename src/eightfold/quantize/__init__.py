@@ -22,6 +22,7 @@ import torch
 
 from eightfold.checkpoint import Checkpoint
 from eightfold.config import load_model_config
+from eightfold.data_files import read_text
 from eightfold.machine import usable_cores
 from eightfold.model import stored_tensors
 from eightfold.quant import Scheme, get_scheme
@@ -34,7 +35,6 @@ from eightfold.quantize.source import Source
 from eightfold.safetensors_file import SafetensorsWriter, TensorSpec
 from eightfold.tokenizer import Tokenizer
 from eightfold.types import EightfoldError, Progress
-from eightfold.weight_files import one_line
 
 DEFAULT_SHARD_BYTES = 4 * 10**9
 _WEIGHTS_AHEAD = 4
@@ -163,10 +163,7 @@ def _calibration_ids(src: Path, config: QuantizeConfig) -> list[int]:
     """The first tokens of the calibration text; none without one."""
     if config.calibrate is None:
         return []
-    try:
-        text = config.calibrate.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EightfoldError(f"cannot read the calibration text {config.calibrate}: {one_line(error)}") from None
+    text = read_text(config.calibrate)
     if config.calibration_tokens < 1:
         raise EightfoldError(f"--calibration-tokens is {config.calibration_tokens}; it must be at least 1")
     return Tokenizer.load(src).encode(text)[: config.calibration_tokens]

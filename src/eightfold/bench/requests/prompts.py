@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from eightfold.data_files import read_text
+from eightfold.data_files import data_folders, read_jsonl
 from eightfold.types import EightfoldError
-
-REFERENCE = Path("tests") / "modeltest" / "data"  # where users of the reference system keep their data sets
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +49,8 @@ def read_dataset(name: str, data: str | None) -> Iterator[tuple[str, str]]:
     """
     check_name(name)
     known, path = DATASETS[name], find_file(name, data)
-    count = 0
-    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines would also split inside of JSON
-        if line.strip():
-            count += 1
-            yield f"{path}:{number}", known.prompt(_row(line, known.keys, f"{path}:{number}"))
-    if not count:
-        raise EightfoldError(f"{path} holds no item")
+    for number, row in read_jsonl(path, dict.fromkeys(known.keys, str)):
+        yield f"{path}:{number}", known.prompt(row)
 
 
 def find_file(name: str, data: str | None) -> Path:
@@ -66,9 +58,7 @@ def find_file(name: str, data: str | None) -> Path:
     known = DATASETS[name]
     if data is not None and Path(data).is_file():
         return Path(data)
-    if data is not None and not Path(data).is_dir():
-        raise EightfoldError(f"--data {data}: there is no such file or folder")
-    folders = [REFERENCE / name, Path("data") / name, Path(name)] if data is None else [Path(data) / name, Path(data)]
+    folders = data_folders(name, data)
     for folder in folders:
         found = [folder / known.file] if (folder / known.file).is_file() else sorted(folder.glob("*.jsonl"))
         if len(found) == 1:
@@ -79,18 +69,3 @@ def find_file(name: str, data: str | None) -> Path:
             )
     looked = ", ".join(map(str, folders))
     raise EightfoldError(f"no data for {name}: none of {looked} holds {known.file}; say where it is with --data")
-
-
-def _row(line: str, keys: tuple[str, ...], where: str) -> dict[str, str]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise EightfoldError(f"{where} is not valid JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise EightfoldError(f"{where} holds a {type(row).__name__}; an object with {', '.join(keys)} is needed")
-    for key in keys:
-        if key not in row:
-            raise EightfoldError(f"{where} has no {key!r}; it has {', '.join(map(str, row)) or 'nothing'}")
-        if not isinstance(row[key], str):
-            raise EightfoldError(f"{where}: {key!r} is {row[key]!r:.60}; it must be a text")
-    return row

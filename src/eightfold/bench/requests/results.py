@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from eightfold.bench.probes import Prober
-from eightfold.bench.report import Spread, probe_line, table, write_text
+from eightfold.bench.report import Spread, probe_line, table
 from eightfold.bench.requests.plan import Test
 from eightfold.bench.requests.timing import Run
+from eightfold.data_files import csv_text, write_text
 
 if TYPE_CHECKING:
     from eightfold.bench.requests.run import Taken
@@ -162,18 +162,16 @@ def answers(taken: Mapping[Test, Sequence[Taken]]) -> list[dict[str, Any]]:
 
 def write_csv(path: str, report: Mapping[str, Any]) -> None:
     """A row for each test: medians of its samples. Raises EightfoldError if the file can't be written."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
     model = report["model"]
     first = ["model", "scheme", "dtype", "test", "batch_size", "requests", "input_tokens", "output_tokens", "samples"]
-    writer.writerow([*first, *(column.name for column in COLUMNS)])
+    rows = []
     for one in report["results"]:
         lengths = (_plain(one["input_tokens"].median), _plain(one["output_tokens"].median))
         about = [model["name"], model["scheme"], model["dtype"], one["test"], one["batch"], one["requests"]]
         spreads = one["spreads"]
         values = [_plain(spreads[c.key].median * c.scale) if c.key in spreads else "" for c in COLUMNS]
-        writer.writerow([*about, *lengths, len(one["samples"]), *values])
-    write_text(path, text.getvalue())
+        rows.append([*about, *lengths, len(one["samples"]), *values])
+    write_text(Path(path), csv_text([*first, *(column.name for column in COLUMNS)], rows))
 
 
 def _plain(value: float) -> str:

@@ -6,18 +6,20 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from eightfold.bench.probes import Prober, as_json, facts, memory
-from eightfold.bench.report import write_json, write_text
+from eightfold.bench.report import write_json
 from eightfold.bench.requests.lengths import Case
 from eightfold.bench.requests.page import page
 from eightfold.bench.requests.plan import Plan, RequestOptions, Test, check, make_plan
 from eightfold.bench.requests.results import answers, result, show, write_csv
 from eightfold.bench.requests.timing import Ask, Bench, Run
+from eightfold.data_files import write_text
 from eightfold.llm import LLM
 from eightfold.types import EightfoldError
 
@@ -60,7 +62,7 @@ def run_requests(options: RequestOptions) -> dict[str, Any]:
     if options.csv:
         write_csv(options.csv, report)
     if options.html:
-        write_text(options.html, page(report))
+        write_text(Path(options.html), page(report))
     return report
 
 
