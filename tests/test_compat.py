@@ -16,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from eightfold.compat import performance
+from eightfold.compat.console import CaseError
 from eightfold.compat.main import main
 from eightfold.compat.tables import BENCHMARK_COLUMNS, PERFORMANCE_COLUMNS, performance_cells, with_averages
 from eightfold.compat.timed import Timed, run_timed
@@ -222,6 +224,25 @@ def test_the_largest_batch(call: Any, models: dict[str, str], home: Path) -> Non
     assert ended.status == 1 and "no batch decodes within 0.0001 ms a token for the cases [8,4], [6,3]" in ended.err
 
 
+def test_a_search_that_fails_leaves_what_was_measured(
+    call: Any, models: dict[str, str], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = performance.Tests._case
+
+    def fails_at_three(self: performance.Tests, case: Any, batch: int, prompts: Any) -> list[str]:
+        if batch == 3:
+            raise CaseError("no memory for three")
+        return measure(self, case, batch, prompts)
+
+    monkeypatch.setattr(performance.Tests, "_case", fails_at_three)
+    words = ["performance_maxbs", "[[6,3],[8,4]]", "[[1,1],[1,3]]", "60000"]
+    ended = call("run.sh", str(home), "pa_fp16", *words, "mixtral", models["demo"], "1")
+    assert ended.status == 1 and "no memory for three" in ended.err
+    folder = home / "outputs/results/CPU/performance_test/performance_maxbs/fp16/mixtral"
+    assert [row["Batchsize"] for row in table(folder / "performance_maxbs_pa_tp1_final_result.csv")] == ["1"]
+    assert [row["Batchsize"] for row in table(folder / "performance_maxbs_pa_tp1_round_result.csv")] == ["1", "2"]
+
+
 def test_single_texts_and_prompts_of_data_sets(call: Any, models: dict[str, str], home: Path) -> None:
     line = ["mixtral", "chat", models["demo"], "1"]
     ended = call(
@@ -287,6 +308,24 @@ def test_data_that_cannot_be_used(call: Any, models: dict[str, str], home: Path)
     (home / "data/boolq/dev.jsonl").unlink()
     ended = call(*line)
     assert ended.status == 2 and "no data for boolq" in ended.err and "*.jsonl" in ended.err
+
+    ceval = home / "data" / "ceval" / "val"
+    ceval.mkdir(parents=True)
+    (ceval / "law_val.csv").write_text("id,question,A,B,C,D,answer\n")
+    words = ["performance", "[[9,9]]", "1", "dataset", "ceval", *line[-3:]]
+    ended = call(*line[:3], *words)
+    assert ended.status == 2 and "ceval holds no item" in ended.err
+
+
+def test_a_benchmark_file_that_cannot_be_written(call: Any, models: dict[str, str], home: Path) -> None:
+    (home / "a-file").touch()
+    switches = {"ATB_LLM_BENCHMARK_ENABLE": "1", "ATB_LLM_BENCHMARK_FILEPATH": str(home / "a-file" / "times.csv")}
+    for words in (
+        ["run_pa.sh", models["demo"]],
+        ["run.sh", str(home), "pa_fp16", "performance", "[[9,5]]", "1", "mixtral", models["demo"], "1"],
+    ):
+        ended = call(*words, **switches)
+        assert ended.status == 2 and f"cannot write {home / 'a-file'}" in ended.err and not ended.out
 
 
 def test_an_output_folder_that_cannot_be_written(call: Any, models: dict[str, str], home: Path) -> None:

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any
 from eightfold.compat.console import log, note
 from eightfold.compat.dialogue_grammar import Dialogue, parse_python, parse_script
 from eightfold.compat.environment import Environment, has_npu, read_environment
-from eightfold.compat.layout import Layout
 from eightfold.types import EightfoldError, Request, RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
-    from eightfold.config import ModelConfig
     from eightfold.llm import LLM
 
 WARM_UP = 64  # tokens of a prompt that reaches all experts
@@ -37,25 +35,13 @@ def say_ineffective(environment: Environment) -> None:
         note(f"no effect on this backend: {', '.join(environment.ineffective)}")
 
 
-def check_ranks(layout: Layout, model: ModelConfig) -> None:
-    """Raises EightfoldError, before any rank is started, if so many can't share the model."""
-    from eightfold.sharding import world_sizes
-
-    sizes = world_sizes(model)
-    if layout.world not in sizes:
-        raise EightfoldError(
-            f"{layout.world} ranks cannot share {model.num_heads} heads and {model.num_kv_heads} KV heads evenly; "
-            f"{', '.join(map(str, sizes))} can"
-        )
-
-
 def run(dialogue: Dialogue, environment: Environment) -> None:
     """Load the model, answer, print. Raises EightfoldError on inputs that can't be run, before any is."""
-    from eightfold.config import load_model_config  # torch, for which a mistake in the words should not have to wait
-    from eightfold.hub import resolve
-    from eightfold.llm import LLM
+    from eightfold.eval.results import check_writable
+    from eightfold.llm import LLM  # torch, for which a mistake in the words should not have to wait
 
-    check_ranks(dialogue.layout, load_model_config(resolve(dialogue.model)))
+    if environment.benchmark_file is not None:
+        check_writable(environment.benchmark_file.parent)
     # As with the reference, a batch of one prompt is that prompt so many times: all of it is computed each time.
     options: dict[str, Any] = dialogue.layout.engine_options()
     if dialogue.prefill_tokens is not None:

@@ -75,7 +75,7 @@ def read_environment(environ: Mapping[str, str], npu: bool = False) -> Environme
 
 
 def _is_knob(name: str) -> bool:
-    is_place = name.endswith(("_HOME_PATH", "_SPEED_HOME_PATH"))  # where something is installed
+    is_place = name.endswith("_HOME_PATH")  # where something is installed
     return name in _KNOBS or (name.startswith(_KNOB_PREFIXES) and name not in _READ and not is_place)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eightfold.compat.console import note
-from eightfold.compat.dialogue import check_ranks, say_ineffective
+from eightfold.compat.dialogue import say_ineffective
 from eightfold.compat.environment import Environment, has_npu, read_environment
 from eightfold.compat.modeltest_grammar import ModelTest, parse
 from eightfold.types import EightfoldError
@@ -62,17 +62,20 @@ def main(argv: Sequence[str]) -> int:
 
 def run(test: ModelTest, environment: Environment, home: Path) -> None:
     """Everything that may be wrong is looked at before the model is loaded. Raises EightfoldError."""
-    from eightfold.config import load_model_config  # torch and all, for which mistakes in the words need not wait
+    from eightfold.config import EngineConfig, load_model_config
     from eightfold.eval.results import check_writable
     from eightfold.hub import resolve
+    from eightfold.loader import check_place  # torch and all, for which mistakes in the words need not wait
+    from eightfold.parallel.place import find_place
 
     if environment.torchrun_ranks is not None:
         raise EightfoldError("run.sh starts its ranks itself: call it without torchrun")
     model = load_model_config(resolve(test.weights))
-    check_ranks(test.layout, model)
+    config = EngineConfig(**engine_options(test, environment))
+    check_place(config, find_place(config, os.environ))
     check_context(test, model)
     places = places_of(test, environment, model, home)
-    for folder in (places.results, places.data, places.debug):
+    for folder in (places.results, places.data, places.debug, places.benchmark.parent):
         check_writable(folder)
     if test.test == "full":
         from eightfold.compat.precision import run_precision

@@ -84,6 +84,8 @@ def _prompts(test: ModelTest, places: Places) -> list[str]:
         return [text for _, text in read_dataset(test.prompts_of, str(folder))]
     (task,) = get_tasks("ceval")
     items = task.load(find_data("ceval", task.files, str(folder)), LoadOptions(shots=0))
+    if not items:
+        raise EightfoldError(f"{folder} holds no item")
     return [query.prompt for item in items for query in task.queries(item)]
 
 
@@ -140,25 +142,32 @@ class Tests:
         rounds: list[list[str]] = []
         best: list[list[str]] = []
         missed = []
-        for case, (low, high) in zip(test.cases, test.ranges, strict=True):
-            found = None
-            while low <= high:
-                batch = (low + high) // 2
-                row = self._case(case, batch, None)
-                rounds.append(row)
-                if float(row[7]) <= test.time_limit:
-                    found, low = row, batch + 1
-                else:
-                    high = batch - 1
-            print(f"[{case.input_len},{case.output_len}]: {found[1] if found else 0}", flush=True)
-            best += [found] if found else []
-            missed += [] if found else [f"[{case.input_len},{case.output_len}]"]
-        for kind, rows in (("round", rounds), ("final", best)):
-            path = self._places.results / f"{name}_{kind}_result.csv"
-            write_csv(path, PERFORMANCE_COLUMNS[:10], rows)
-            print(f"{test.model} {kind} result saved in {path}", flush=True)
+        try:
+            for case, (low, high) in zip(test.cases, test.ranges, strict=True):
+                found = self._largest(case, low, high, rounds)
+                print(f"[{case.input_len},{case.output_len}]: {found[1] if found else 0}", flush=True)
+                best += [found] if found else []
+                missed += [] if found else [f"[{case.input_len},{case.output_len}]"]
+        finally:  # a case that fails leaves what was measured before it
+            for kind, rows in (("round", rounds), ("final", best)) if rounds else ():
+                path = self._places.results / f"{name}_{kind}_result.csv"
+                write_csv(path, PERFORMANCE_COLUMNS[:10], rows)
+                print(f"{test.model} {kind} result saved in {path}", flush=True)
         if missed:
             raise CaseError(f"no batch decodes within {test.time_limit:g} ms a token for the cases {', '.join(missed)}")
+
+    def _largest(self, case: Case, low: int, high: int, rounds: list[list[str]]) -> list[str] | None:
+        """The row of the largest batch within the limit, if there is one; every row that is measured joins `rounds`."""
+        found = None
+        while low <= high:
+            batch = (low + high) // 2
+            row = self._case(case, batch, None)
+            rounds.append(row)
+            if float(row[7]) <= self._test.time_limit:
+                found, low = row, batch + 1
+            else:
+                high = batch - 1
+        return found
 
     def _case(self, case: Case, batch: int, prompts: Sequence[list[int]] | None) -> list[str]:
         """Run a case → its row. Raises CaseError that names it."""

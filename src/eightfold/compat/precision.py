@@ -37,10 +37,10 @@ def run_precision(test: ModelTest, environment: Environment, places: Places) -> 
     """
     (task,) = get_tasks(DATASETS[test.dataset])
     options = {**engine_options(test, environment), "max_model_len": test.context}
-    items = _load(test, environment, places, task, options)
+    items = _load(test, environment, places, task)
     for batch in test.batches[0]:
         name = f"{test.dataset}_pa_batch{batch}_tp{test.layout.world}_full"
-        records = _records(places.data / f"{name}.jsonl", task, items, test, options)
+        records = _records(places.data / f"{name}.jsonl", items, test, options)
         failures: list[str] = []
         with LLM(**options, max_num_seqs=batch) as llm:
             done = _evaluate(llm, task, items, test, records, failures)
@@ -55,7 +55,7 @@ def run_precision(test: ModelTest, environment: Environment, places: Places) -> 
         records.path.unlink(missing_ok=True)  # an interrupted run goes on from it; this one is complete
 
 
-def _load(test: ModelTest, environment: Environment, places: Places, task: Task, options: dict[str, Any]) -> list[Item]:
+def _load(test: ModelTest, environment: Environment, places: Places, task: Task) -> list[Item]:
     """All items, checked."""
     if test.dataset == "HumanEval" and not environment.allow_code_execution:
         raise EightfoldError(
@@ -85,7 +85,7 @@ def _load(test: ModelTest, environment: Environment, places: Places, task: Task,
     return items
 
 
-def _records(path: Path, task: Task, items: list[Item], test: ModelTest, options: dict[str, Any]) -> Records:
+def _records(path: Path, items: list[Item], test: ModelTest, options: dict[str, Any]) -> Records:
     """Where finished items are kept. An interrupted run of the same test goes on; anything else there is replaced."""
     settings = run_settings(options, chat=test.chat, shots=test.shots, data=data_fingerprint(items))
     with suppress(EightfoldError):
