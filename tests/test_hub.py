@@ -94,6 +94,24 @@ def test_mistral_form_where_there_is_no_other(tmp_path: Path, monkeypatch: pytes
     assert all(call["local_files_only"] for call in hub.calls)
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("pytorch_model.bin",),
+        ("pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"),
+        ("consolidated.00.pth", "params.json"),
+    ],
+)
+def test_pickles_are_not_downloaded(files: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = FakeHub(tmp_path, "config.json", *files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    with pytest.raises(EightfoldError, match=r"no safetensors with weights of org/name .* --allow-pickle"):
+        resolve("org/name")
+    assert not any(name.endswith((".bin", ".pth")) for name in hub.downloaded())
+    (tmp_path / files[0]).touch()  # somebody has brought them into the cache
+    assert resolve("org/name") == tmp_path
+
+
 def fill_cache(cache: Path) -> Path:
     repository = cache / "models--org--name"
     snapshot = repository / "snapshots" / ("0" * 40)

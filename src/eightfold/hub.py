@@ -20,7 +20,7 @@ def resolve(model: str, download: bool = True, weights: bool = True) -> Path:
 
     A hub model is downloaded unless it is in the hub's cache; with `download` False, or HF_HUB_OFFLINE set, only the
     cache is looked at; with `weights` False only config and tokenizer are got. Raises EightfoldError if there is no
-    such model.
+    such model, or the hub has its weights as pickles only.
     """
     if model == "demo":
         return _demo()
@@ -34,9 +34,21 @@ def resolve(model: str, download: bool = True, weights: bool = True) -> Path:
     if not weights:
         return _snapshot(model, _DESCRIPTION, _IN_FOLDERS, download)
     folder = _snapshot(model, [*_DESCRIPTION, "*.safetensors"], [*_IN_FOLDERS, "consolidated*"], download)
-    if find_weights(folder) is None:
+    if not _has_weights(folder):
         folder = _snapshot(model, [*_DESCRIPTION, _MISTRAL_WEIGHTS], _IN_FOLDERS, download)
+    if not _has_weights(folder):
+        raise EightfoldError(
+            f"no safetensors with weights of {model} were found on the hub (or, offline, in its cache), and no others "
+            "are downloaded: choose a repository that has them, or give the folder of your own copy of its .bin or "
+            ".pth files, with --allow-pickle"
+        )
     return folder
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a snapshot holds weights, and not only the index of pickles, which comes with its description."""
+    found = find_weights(folder)
+    return found is not None and (bool(found.files) or not found.pickled)
 
 
 def _demo() -> Path:
