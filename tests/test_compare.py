@@ -26,6 +26,8 @@ from eightfold.compare.texts import PASSAGE, cut, default_documents, random_wind
 from eightfold.config import config_json, load_model_config
 from eightfold.html.charts import nice_ticks
 from eightfold.model import weight_table
+from eightfold.ops import Pages
+from eightfold.ops.cpu import CpuOps
 from eightfold.quant import get_scheme
 from eightfold.safetensors_file import CheckpointWriter, TensorSpec
 from eightfold.tokenizer import Tokenizer
@@ -68,6 +70,24 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 @pytest.fixture(scope="module")
 def quantized(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quantize(demo, tmp_path_factory.mktemp("quantized") / "demo-w8a8", "w8a8")
+
+
+class LargePages(CpuOps):
+    """A device that reads pages of a size of its own only, as NPUs do."""
+
+    def page_size(self, wish: int) -> int:
+        return 128
+
+    def new_pages(self, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Pages:
+        assert page_size == 128
+        return super().new_pages(num_pages, page_size, kv_heads, head_dim, dtype)
+
+
+def test_pages_have_the_size_that_the_device_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = CompareOptions("demo", "demo", tokens=300, weights=False)
+    usual = compare(options)
+    monkeypatch.setattr("eightfold.compare.run.get_ops", lambda device, dtype, threads: LargePages(dtype, threads))
+    assert compare(options) == usual
 
 
 # --- the measures alone

@@ -46,6 +46,12 @@ def test_the_command_answers_as_on_the_cpu(dtype: str) -> None:
     assert ("the torch reference runs it on the device, slowly" in npu.stderr) == (dtype == "float32")
 
 
+def test_two_models_are_compared() -> None:
+    done = eightfold("compare", "demo", "demo", "--device", "npu", "--dtype", "bfloat16", "--tokens", "200")
+    assert done.returncode == 0, done.stderr
+    assert "the same at 100 % of positions" in done.stdout
+
+
 def test_graphs_answer_as_single_launches_do() -> None:
     words = ("run", "demo", QUESTION, TEXT, "--device", "npu", "--max-tokens", "16", "--dtype", "bfloat16")
     graphs = eightfold(*words, "--no-enforce-eager")

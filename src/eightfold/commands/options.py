@@ -158,7 +158,9 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--kv-cache-dtype", default="auto", metavar="NAME", help="of keys and values (default: --dtype)")
     group.add_argument("--kv-cache-dtype-b", metavar="NAME", help="of B's keys and values (default: the same as A's)")
-    group.add_argument("--device", default=_default("device"), metavar="NAME", help="cpu (default) or torch")
+    group.add_argument(
+        "--device", default=_default("device"), metavar="NAME", help="cpu (default), npu (npu:1 is the second) or torch"
+    )
     group.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: all cores)")
     group.add_argument("--allow-pickle", action="store_true", help="read .bin weights (no code in them is run)")
 

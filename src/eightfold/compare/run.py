@@ -171,7 +171,7 @@ def _histogram(kl: Tensor) -> tuple[Bucket, ...]:
 
 def _by_position(kl: Tensor, windows: Sequence[Sequence[int]]) -> tuple[Bucket, ...]:
     """Buckets of places in a window that double in width: 0, 1, 2–3, 4–7, …"""
-    places = torch.cat([torch.arange(len(window)) for window in windows]).to(kl.device)
+    places = torch.cat([torch.arange(len(window)) for window in windows])
     buckets, low, high = [], 0, 1
     while low <= int(places.max()):
         buckets.append(_bucket(low, high, kl[(places >= low) & (places < high)]))

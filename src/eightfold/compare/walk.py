@@ -21,7 +21,7 @@ from eightfold.ops import Batch
 from eightfold.runner import make_batch
 from eightfold.types import EightfoldError, Plan
 
-PAGE = 32  # tokens
+PAGE = 32  # tokens, or the next larger number that the device can read
 STEP_TOKENS = 1024  # that pass a layer at once, unless a single window is longer
 LOGIT_BYTES = 64 << 20  # of logits in fp64, of each model at a time
 
@@ -36,37 +36,40 @@ class Side(NamedTuple):
     kv_dtype: torch.dtype
 
 
-def steps(windows: Sequence[Window]) -> list[Plan]:
+def steps(windows: Sequence[Window], page_size: int) -> list[Plan]:
     """Windows, in their order, as steps of about STEP_TOKENS: each is a row with pages of its own."""
     groups: list[list[Window]] = [[]]
     for window in windows:
         if groups[-1] and sum(map(len, groups[-1])) + len(window) > STEP_TOKENS:
             groups.append([])
         groups[-1].append(window)
-    return [_plan(group) for group in groups]
+    return [_plan(group, page_size) for group in groups]
 
 
 def walk(
     a: Side, b: Side, windows: Sequence[Window], progress: Callable[[int, int], None] | None = None
 ) -> tuple[list[LayerReport], Outcomes]:
-    """What each layer does to both, and what both say at each position of all windows, in their order.
+    """What each layer does to both, and what both say at each position of all windows, in their order; both are on one
+    device.
 
     Raises EightfoldError when a model computes something that is not a finite number, naming model and layer.
     """
-    plans, layers = steps(windows), a.model.config.num_layers
+    page_size = a.model.ops.page_size(PAGE)
+    plans, layers = steps(windows, page_size), a.model.config.num_layers
     done, total = 0, (layers + 1) * len(plans)
-    runs_a, runs_b = _runs(a, plans), _runs(b, plans)
+    runs_a, runs_b = _runs(a, plans, page_size), _runs(b, plans, page_size)
     reports: list[LayerReport] = []
     last: list[tuple[LayerOutput, LayerOutput]] = []
     for layer in range(layers):
         tally = _Tally()
         for run_a, run_b in zip(runs_a, runs_b, strict=True):
-            pair = next(run_a), next(run_b)
-            for side, out in zip((a, b), pair, strict=True):
-                _check(side, out, layer)
-            tally.add(*pair)
+            out_a, out_b = next(run_a), next(run_b)
+            told_a, told_b = _on_host(out_a), _on_host(out_b)
+            _check(a, told_a, layer)
+            _check(b, told_b, layer)
+            tally.add(told_a, told_b)
             if layer == layers - 1:
-                last.append(pair)
+                last.append((out_a, out_b))
             done += 1
             if progress:
                 progress(done, total)
@@ -80,10 +83,10 @@ def walk(
     return reports, Outcomes(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
-def _plan(windows: Sequence[Window]) -> Plan:
+def _plan(windows: Sequence[Window], page_size: int) -> Plan:
     starts, pages, first = [0], [], 0
     for window in windows:
-        count = -(-len(window) // PAGE)
+        count = -(-len(window) // page_size)
         starts.append(starts[-1] + len(window))
         pages.append(list(range(first, first + count)))
         first += count
@@ -91,14 +94,19 @@ def _plan(windows: Sequence[Window]) -> Plan:
     return Plan(ids, starts, [len(window) for window in windows], pages, list(range(len(ids))))
 
 
-def _runs(side: Side, plans: Sequence[Plan]) -> list[Iterator[LayerOutput]]:
+def _runs(side: Side, plans: Sequence[Plan], page_size: int) -> list[Iterator[LayerOutput]]:
     """The model's layers over each step. One layer's pages serve all layers and steps: when a step's layer has run,
     nobody reads its keys and values again."""
     model, config = side.model, side.model.config
     most = max(sum(map(len, plan.page_table)) for plan in plans)
-    pages = model.ops.new_pages(most, PAGE, config.num_kv_heads, config.head_dim, side.kv_dtype)
-    batches: list[Batch] = [make_batch(plan, PAGE, model.ops.device) for plan in plans]
+    pages = model.ops.new_pages(most, page_size, config.num_kv_heads, config.head_dim, side.kv_dtype)
+    batches: list[Batch] = [make_batch(plan, page_size, model.ops.device) for plan in plans]
     return [model.layers(batch, [pages] * config.num_layers) for batch in batches]
+
+
+def _on_host(out: LayerOutput) -> LayerOutput:
+    """Where measures are taken in fp64, which not every device has."""
+    return LayerOutput(*(part.cpu() for part in out))
 
 
 def _check(side: Side, out: LayerOutput, layer: int) -> None:
@@ -158,7 +166,7 @@ def _heads(a: Side, b: Side, pair: tuple[LayerOutput, LayerOutput], following: T
         part = slice(start, start + rows)
         logits = []
         for side, out in zip((a, b), pair, strict=True):
-            logits.append(side.model.logits(out.moe[part], out.attention[part]))
+            logits.append(side.model.logits(out.moe[part], out.attention[part]).cpu())
             if not bool(logits[-1].isfinite().all()):
                 raise EightfoldError(f"{side.name} computes logits that are not finite numbers")
-        yield outcomes(logits[0], logits[1], following[part].to(logits[0].device))
+        yield outcomes(logits[0], logits[1], following[part])
