@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -19,8 +20,10 @@ from eightfold import LLM, SamplingParams, cli
 from eightfold.config import EngineConfig
 from eightfold.parallel import place
 from eightfold.parallel.facts import difference, facts_of
+from eightfold.parallel.launch import Job
+from eightfold.parallel.links import _greeted
 from eightfold.parallel.place import Place, find_place
-from eightfold.types import EightfoldError
+from eightfold.types import EightfoldError, RankError
 from eightfold.worker import follow_as_told
 
 COMMAND = [sys.executable, "-m", "eightfold"]
@@ -209,6 +212,32 @@ def test_ctrl_c_is_clean(running: tuple[subprocess.Popen[str], int]) -> None:
     process.send_signal(signal.SIGINT)
     assert ends(process, other) == "eightfold: interrupted\n"
     assert process.returncode == 130
+
+
+def test_a_rank_that_cannot_start_leaves_nothing_behind() -> None:
+    def memory() -> int:
+        return sum(
+            "memfd:eightfold" in str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()
+        )
+
+    config = EngineConfig("demo", tensor_parallel_size=2)
+    with pytest.raises(RankError, match=r"rank 1 \(process \d+\) ended with exit code 1 while it started"):
+        Job(config, find_place(config, {}), os.environ, module="eightfold.no_such_module")
+    assert memory() == 0 and children(os.getpid()) == []
+
+
+def test_strangers_are_not_taken_for_machines() -> None:
+    for said, node in (
+        (json.dumps([3, "word"]).encode().ljust(200), 3),
+        (json.dumps([3, "other"]).encode().ljust(200), None),
+        (b"5".ljust(200), None),
+        (b"GET / HTTP/1.1\r\n\r\n", None),
+    ):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            theirs.sendall(said)
+            theirs.shutdown(socket.SHUT_WR)
+            assert _greeted(ours, "word") == node
 
 
 def test_a_busy_port_is_named_with_its_variable() -> None:

@@ -186,8 +186,9 @@ class Job:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
             self._children[rank] = child
             assert child.stdin is not None
-            child.stdin.write(json.dumps(message).encode() + b"\n")
-            child.stdin.flush()  # and left open: its end is how the child learns of ours
+            with contextlib.suppress(BrokenPipeError):  # one that is gone already is found while the ranks meet
+                child.stdin.write(json.dumps(message).encode() + b"\n")
+                child.stdin.flush()  # and left open: its end is how the child learns of ours
 
     def _children_live(self) -> None:
         for rank, child in self._children.items():
@@ -203,7 +204,8 @@ class Job:
                 child.kill()  # works on a stopped one, too
                 child.wait()
             if child.stdin is not None:
-                child.stdin.close()
+                with contextlib.suppress(BrokenPipeError):  # what it was told may still wait to be sent
+                    child.stdin.close()
         self._children = {}
 
     def _meet(self) -> list[Facts]:
@@ -211,26 +213,34 @@ class Job:
         place, meeting = self.place, self._meeting
         meeting.put(f"facts/{place.rank}", json.dumps(facts_of(self.config, self._cores)))
         memory = -1
-        if place.local_rank == 0:
-            memory = new_memory(self._regions()[-1][0])
-            meeting.put(f"memory/{place.node}", f"/proc/{self._pid}/fd/{memory}")
-        facts = [json.loads(self._hear(f"facts/{rank}", f"rank {rank}")) for rank in range(place.size)]
-        for rank, other in enumerate(facts):
-            if text := difference(facts[0], other):
-                raise RankError(f"rank {rank} {text}")
-        path = self._hear(f"memory/{place.node}", f"rank {place.node * place.local_size}")
-        fd = memory if memory >= 0 else _open_memory(path)
+        try:
+            if place.local_rank == 0:
+                memory = new_memory(self._regions()[-1][0])
+                meeting.put(f"memory/{place.node}", f"/proc/{self._pid}/fd/{memory}")
+            facts = [json.loads(self._hear(f"facts/{rank}", f"rank {rank}")) for rank in range(place.size)]
+            for rank, other in enumerate(facts):
+                if text := difference(facts[0], other):
+                    raise RankError(f"rank {rank} {text}")
+            if place.local_rank != 0:
+                memory = _open_memory(self._hear(f"memory/{place.node}", f"rank {place.node * place.local_size}"))
+            self._take_seat(memory)
+        finally:
+            if memory >= 0:
+                os.close(memory)
+        return facts
+
+    def _take_seat(self, memory: int) -> None:
+        """In the machine's segment; its first rank waits until all have opened the memory, which is found by it."""
+        place = self.place
         spin = _SPIN_MICROS if len(self._cores) >= place.local_size else 0
         patience = self.config.distributed_timeout_seconds
-        self._segment = _native.Segment(fd, place.local_rank, place.local_size, patience, spin, place.rank != 0)
+        self._segment = _native.Segment(memory, place.local_rank, place.local_size, patience, spin, place.rank != 0)
         if place.rank == 0:
             threading.Thread(target=self._end_stuck_process, daemon=True).start()
         self._meeting.put(f"seated/{place.rank}", "")
-        if memory >= 0:
+        if place.local_rank == 0:
             for rank in range(place.rank, place.rank + place.local_size):
                 self._hear(f"seated/{rank}", f"rank {rank}")
-        os.close(fd)
-        return facts
 
     def _hear(self, key: str, whose: str) -> str:
         return self._meeting.get(key, whose, self._children_live)

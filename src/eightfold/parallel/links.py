@@ -45,19 +45,24 @@ def _accept(place: Place, address: str, meeting: Meeting, hear: Hear) -> dict[in
         listener.settimeout(15)
         while len(links) < place.nodes - 1:
             link, _ = listener.accept()
-            link.settimeout(15)
-            hello = b""
-            while len(hello) < _HELLO and (data := link.recv(_HELLO - len(hello))):
-                hello += data
-            try:
-                node, given = json.loads(hello)
-            except ValueError:
-                node, given = 0, ""
-            if given == token:
+            if (node := _greeted(link, token)) is not None:
                 links[node] = link
             else:
                 link.close()  # a stranger
     return links
+
+
+def _greeted(link: socket.socket, token: str) -> int | None:
+    """The machine at the other end, if it knows the token."""
+    link.settimeout(15)
+    hello = b""
+    try:
+        while len(hello) < _HELLO and (data := link.recv(_HELLO - len(hello))):
+            hello += data
+        node, given = json.loads(hello)
+    except (OSError, ValueError, TypeError):  # silent, or of no such form
+        return None
+    return int(node) if given == token else None
 
 
 def _name(place: Place, node: int, address: str) -> str:
