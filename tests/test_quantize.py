@@ -25,6 +25,7 @@ from eightfold.cli import main
 from eightfold.config import load_model_config
 from eightfold.quant import get_scheme
 from eightfold.quantize import QuantizeConfig
+from eightfold.quantize.folder import STATE
 from eightfold.quantize.rounding import round_rows
 from eightfold.quantize.smooth import calibrate
 from eightfold.quantize.source import Source
@@ -329,6 +330,13 @@ def test_two_runs_into_one_folder(demo: Path, tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(eightfold.quantize, "_write_rows", Interrupt(3, second))
     assert quantize(demo, tmp_path / "dst", *SMALL) == 0
+
+
+def test_a_run_that_was_killed_before_it_wrote_a_word(demo: Path, tmp_path: Path) -> None:
+    (tmp_path / "dst.partial").mkdir()
+    (tmp_path / "dst.partial" / STATE).touch()
+    assert quantize(demo, tmp_path / "dst") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["dst"]
 
 
 def test_bad_folders_and_options(demo: Path, made: Path, key: str, tmp_path: Path, capsys: Any) -> None:

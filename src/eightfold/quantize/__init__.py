@@ -81,8 +81,8 @@ def quantize(
 
     Everything is checked first. After an interruption `dst` is absent and `<dst>.partial` holds what is finished; the
     same call goes on from there, and its result is byte for byte that of an uninterrupted one. `progress` hears of
-    bytes written, `calibrating` of layers before that. Raises EightfoldError
-    on a source or option that won't do, a tensor with a NaN or an infinity, and a full disk.
+    bytes written, `calibrating` of layers before that. Raises EightfoldError on a source or option that won't do, a
+    tensor with a NaN or an infinity, and a full disk.
     """
     start = time.perf_counter()
     scheme = check_options(src, dst, config)
@@ -146,9 +146,8 @@ def _grouped(config: QuantizeConfig) -> str:
 
 def _check_pair(source: Source, scheme: str) -> None:
     """Raises EightfoldError where weights of the source can't become those of a scheme."""
-    have, floats = source.config.scheme, ("dense",)
-    int8 = ("w8a8", "w8a16")
-    if have not in floats and not (have in int8 and scheme in int8):
+    have, int8 = source.config.scheme, ("w8a8", "w8a16")
+    if have != "dense" and not (have in int8 and scheme in int8):
         raise EightfoldError(f"{source.folder} is quantized ({have}); {scheme} must be made of float weights")
     for name, spec in source.table.items():
         if spec.quantizable:

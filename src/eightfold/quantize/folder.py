@@ -21,7 +21,7 @@ from eightfold.quantize.smooth import Place, Smoothing
 from eightfold.quantize.source import Factors, Source
 from eightfold.safetensors_file import SafetensorsWriter, TensorSpec, read_safetensors
 from eightfold.types import EightfoldError
-from eightfold.weight_files import find_weights, read_json
+from eightfold.weight_files import read_json
 
 STATE = ".eightfold-quantize.json"
 _FACTORS, _PLACES = ".smoothing.safetensors", ".smoothing.json"
@@ -33,9 +33,8 @@ _NOT_COPIED = {"config.json", "params.json", *DESCRIPTIONS}
 
 def fingerprint(source: Source, options: Mapping[str, Any]) -> dict[str, Any]:
     """What a partial folder was made from: the source's weight files (size and time of change), and the options."""
-    weights = find_weights(source.folder)
-    names = {source.checkpoint.file(name) for name in source.checkpoint.names()} if weights else set()
-    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(names)}
+    paths = {source.checkpoint.file(name) for name in source.checkpoint.names()}
+    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(paths)}
     return {"format": FORMAT, "source": files, "config": _digest(source), "options": dict(options)}
 
 
@@ -59,8 +58,8 @@ class PartialFolder:
         if not self.path.exists():
             return
         state = self.path / STATE
-        if not state.is_file():
-            if self.path.is_dir() and not any(self.path.iterdir()):
+        if not state.is_file() or not state.stat().st_size:  # killed before it had anything to say
+            if self.path.is_dir() and all(path == state for path in self.path.iterdir()):
                 return
             raise EightfoldError(f"{self.path} exists and was not left by eightfold quantize; move it away")
         left = read_json(state)
@@ -104,10 +103,6 @@ class PartialFolder:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-
-    def has(self, file: File) -> bool:
-        """Whether a file of the plan is there already, whole."""
-        return has_file(self.path, file)
 
     def discard_if_empty(self) -> None:
         """Leaves no trace of a run that has not finished a file."""
