@@ -48,6 +48,15 @@ def test_what_is_wrong_is_reported_and_the_rest_goes_on(
     assert out.rstrip().endswith("4 failed")
 
 
+def test_a_check_does_not_depend_on_those_before_it() -> None:
+    def errors(*wanted: str) -> list[float]:
+        listed = [*doctor.operation_checks(CpuOps()), *doctor.product_checks(CpuOps(), "w8a8")]
+        return [finding.error for finding in doctor.examine(check for check in listed if check.name in wanted)]
+
+    names = ("rms_norm", "linear w8a8, 7 tokens", "moe w8a8, 7 tokens")
+    assert errors(*names) == [errors(name)[0] for name in names]
+
+
 def test_a_difference_counts_where_the_lead_is_clear() -> None:
     from eightfold.types import CompletionOutput, Logprob
 

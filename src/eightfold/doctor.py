@@ -135,15 +135,15 @@ def demo_differences(device: str, dtype: str, count: int = 24) -> float:
     greedy = SamplingParams(temperature=0, max_tokens=count, logprobs=2, ignore_eos=True)
     answers = []
     for where, precision in (("cpu", "float32"), (device, dtype)):
-        llm = LLM(
+        with LLM(
             "demo",
             device=where,
             dtype=precision,
             max_model_len=512,
             max_num_batched_tokens=64,
             kv_cache_memory_bytes=64 << 20,
-        )
-        answers.append([output.outputs[0] for output in llm.generate(PROMPTS, greedy)])
+        ) as llm:
+            answers.append([output.outputs[0] for output in llm.generate(PROMPTS, greedy)])
     return float(sum(_differs(a, b, 0 if dtype == "float32" else CLEAR) for a, b in zip(*answers, strict=True)))
 
 
@@ -158,12 +158,13 @@ def _differs(want: CompletionOutput, got: CompletionOutput, clear: float) -> boo
 
 
 def _embed(ops: Ops) -> float:
-    table, ids = _random(50, 96).to(ops.dtype), torch.tensor([3, 0, 49, 3])
+    table, ids = _Random()(50, 96).to(ops.dtype), torch.tensor([3, 0, 49, 3])
     return _error(ops.embed(_on(ops, ids), ops.prepare_tensor(table)), Ops().embed(ids, table))
 
 
 def _rms_norm(ops: Ops, residual: bool) -> float:
-    x, other, weight = (_random(9, 512).to(ops.dtype) for _ in range(3))
+    random = _Random()
+    x, other, weight = (random(9, 512).to(ops.dtype) for _ in range(3))
     weight = weight[0] + 1
     second = other if residual else None
     want, want_total = Ops().rms_norm(x.float(), weight, 1e-5, None if second is None else second.float())
@@ -186,7 +187,7 @@ def _attention(
     rope = Rope(angles.cos(), angles.sin(), interleaved)
     whole, count = batch_of([(length, length) for _, length in rows], size)
     asked, _ = batch_of(rows, size)
-    written = _random(len(whole.ids), (heads + 2 * kv_heads) * dim).to(ops.dtype)
+    written = _Random()(len(whole.ids), (heads + 2 * kv_heads) * dim).to(ops.dtype)
     last: list[int] = []
     starts = whole.query_starts.tolist()
     for row, (queries, _) in enumerate(rows):
@@ -204,7 +205,8 @@ def _attention(
 
 
 def _route(ops: Ops) -> float:
-    x, gate = _random(40, 256).to(ops.dtype), _random(8, 256).to(ops.dtype)
+    random = _Random()
+    x, gate = random(40, 256).to(ops.dtype), random(8, 256).to(ops.dtype)
     ids, weights = ops.route(_on(ops, x), ops.prepare_tensor(gate), 2)
     want_ids, want = Ops().route(x, gate, 2)
     return math.inf if ids.tolist() != want_ids.tolist() else _error(weights, want)
@@ -212,41 +214,45 @@ def _route(ops: Ops) -> float:
 
 def _linear(ops: Ops, scheme: str, tokens: int) -> float:
     """Three matrices side by side."""
-    weights = [_matrix(rows, 320, scheme, ops.dtype) for rows in (256, 64, 64)]
-    x = _random(tokens, 320).to(ops.dtype)
+    random = _Random()
+    weights = [_matrix(random, rows, 320, scheme, ops.dtype) for rows in (256, 64, 64)]
+    x = random(tokens, 320).to(ops.dtype)
     got = ops.linear(_on(ops, x), ops.prepare_linear(weights))
     allowed = [weights, [_float(w) for w in weights]] if "a8" in scheme else [weights]
     return min(_row_error(got, Ops(ops.dtype).linear(x, each)) for each in allowed)
 
 
 def _moe(ops: Ops, scheme: str, tokens: int, inner: int = 192, same: bool = False) -> float:
-    hidden, count = 256, 4
+    hidden, count, random = 256, 4, _Random()
 
     def make(rows: int, columns: int) -> StoredWeight:
-        return _matrix(rows, columns, scheme, ops.dtype)
+        return _matrix(random, rows, columns, scheme, ops.dtype)
 
     matrices = [(make(inner, hidden), make(hidden, inner), make(inner, hidden)) for _ in range(count)]
     experts = [Expert(*three) for three in matrices]
-    x = _random(tokens, hidden).to(ops.dtype)
-    ids = torch.stack([torch.randperm(count, generator=_GENERATOR)[:2] for _ in range(tokens)]).int()
+    x = random(tokens, hidden).to(ops.dtype)
+    ids = torch.stack([torch.randperm(count, generator=random.generator)[:2] for _ in range(tokens)]).int()
     if same:
         ids[:] = torch.tensor([3, 1])
-    weights = torch.rand(tokens, 2, generator=_GENERATOR)
+    weights = torch.rand(tokens, 2, generator=random.generator)
     got = ops.moe(_on(ops, x), _on(ops, ids), _on(ops, weights), ops.prepare_experts(experts))
     allowed = [experts, [Expert(*map(_float, three)) for three in matrices]] if "a8" in scheme else [experts]
     return min(_row_error(got, Ops(ops.dtype).moe(x, ids, weights, each)) for each in allowed)
 
 
-_GENERATOR = torch.Generator().manual_seed(0)
+class _Random:
+    """Normal numbers, the same in every check, whichever ran before it: two reports can be compared line by line."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
 
 
-def _random(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=_GENERATOR)
-
-
-def _matrix(rows: int, columns: int, scheme: str, dtype: torch.dtype) -> StoredWeight:
+def _matrix(random: _Random, rows: int, columns: int, scheme: str, dtype: torch.dtype) -> StoredWeight:
     kind = get_scheme("w4a16-g64" if scheme == "w4a16" else scheme)  # the widths here are multiples of 64
-    return kind.wrap(kind.quantize((_random(rows, columns) / math.sqrt(columns)).to(dtype)))
+    return kind.wrap(kind.quantize((random(rows, columns) / math.sqrt(columns)).to(dtype)))
 
 
 def _float(weight: StoredWeight) -> StoredWeight:

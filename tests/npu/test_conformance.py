@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -117,11 +118,9 @@ def ranks_of(rank: int, ep: int, tp: int) -> Any:
 def test_shares_of_ranks_add_up(scheme: str, ep: int, tp: int) -> None:
     """Experts shared out, their widths shared out, and a row-parallel product."""
     ops, count, width = BACKENDS[torch.bfloat16], 8, 96
-    layer = [
-        Expert(*(doctor._matrix(*shape, scheme, torch.bfloat16) for shape in ((width, 64), (64, width), (width, 64))))
-        for _ in range(count)
-    ]
-    o = doctor._matrix(64, 128, scheme, torch.bfloat16)
+    make = partial(doctor._matrix, doctor._Random(), scheme=scheme, dtype=torch.bfloat16)
+    layer = [Expert(make(width, 64), make(64, width), make(width, 64)) for _ in range(count)]
+    o = make(64, 128)
     x, wide = torch.randn(30, 64).bfloat16().to(ops.device), torch.randn(30, 128).bfloat16().to(ops.device)
     ids = torch.stack([torch.randperm(count)[:2] for _ in range(30)]).int()
     ids[:10] = torch.tensor([0, 1])  # tokens of which some ranks have no expert at all
