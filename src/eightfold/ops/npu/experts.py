@@ -71,7 +71,7 @@ def one_by_one(x: Tensor, ids: Tensor, weights: Tensor, experts: OneByOne, first
 
 
 def _product(x: Tensor, weight: Tensor, scale: Tensor | None, sizes: Tensor) -> Tensor:
-    """x [rows, K], weight [E, K, N] dense, or int8 with scales [E, N] → [rows, N]."""
+    """x [rows, K], weight [E, K, N] dense, int8 with scales [E, N], or int4 as in `Grouped` → [rows, N]."""
     extra = {} if scale is None else {"antiquant_scale": [scale], "antiquant_offset": [torch.zeros_like(scale)]}
     y: Tensor = torch.ops.npu.npu_grouped_matmul(
         [x],

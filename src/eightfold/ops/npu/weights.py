@@ -169,8 +169,7 @@ class Summed:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.communicator is not None and len(x) >= ADDING_FROM:
-            adding: Any = self.product
-            return cast("Adding", adding).added(x, self.communicator)
+            return cast("Adding", self.product).added(x, self.communicator)
         return summed(self.product(x), self.group)
 
 
