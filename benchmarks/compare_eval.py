@@ -12,6 +12,7 @@ only.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import statistics
 import sys
@@ -101,8 +102,9 @@ def their_side(args: argparse.Namespace, items: Sequence[Item]) -> Callable[[], 
 def child(pipe: Connection, make: Callable[..., Callable[[], Timed]], args: argparse.Namespace, items: Any) -> None:
     """A side's process: a round for each true message."""
     run = make(args, items)
-    while pipe.recv():
-        pipe.send(run())
+    with contextlib.suppress(EOFError):
+        while pipe.recv():
+            pipe.send(run())
 
 
 def main() -> None:
@@ -119,16 +121,24 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=usable_cores())
     args = parser.parse_args()
     items = BoolQ().load(Path(args.data), LoadOptions())[args.start : args.start + args.count]
+    if not items:
+        parser.error(f"there are no items from --start {args.start} on")
     context = multiprocessing.get_context("spawn")
     sides: dict[str, Connection] = {}
     for name, make in (("eightfold", our_side), ("transformers", their_side)):
         sides[name], other_end = context.Pipe()
         context.Process(target=child, args=(other_end, make, args, items)).start()
+        other_end.close()  # ours, so that a side which fails ends our waiting for it
     results: dict[str, list[Timed]] = {name: [] for name in sides}
     for _ in range(args.rounds):
         for name, pipe in sides.items():
-            pipe.send(True)
-            results[name].append(pipe.recv())
+            try:
+                pipe.send(True)
+                results[name].append(pipe.recv())
+            except (EOFError, OSError):
+                for other in sides.values():
+                    other.close()  # which ends the other side
+                raise SystemExit(f"the side of {name} has ended: its own message says why") from None
     for pipe in sides.values():
         pipe.send(False)
     seconds = {name: [result[0] for result in of_side] for name, of_side in results.items()}
