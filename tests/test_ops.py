@@ -13,12 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from eightfold import _native
 from eightfold.ops import Batch, Expert, Ops, Pages, Rope, Weight, quantize_rows
+from eightfold.ops.cpu import CpuOps
 from eightfold.quant import get_scheme
 from eightfold.types import EightfoldError
-
-_native = pytest.importorskip("eightfold._native", reason="the native extension is not built")
-from eightfold.ops.cpu import CpuOps  # noqa: E402
 
 ISAS = _native.available_isas()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

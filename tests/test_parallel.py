@@ -16,11 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from eightfold import _native
 from eightfold.checkpoint import Checkpoint
 from eightfold.config import EngineConfig, ModelConfig, RopeConfig, load_model_config
 from eightfold.loader import follow, load_engine
 from eightfold.model import Loader, Mixtral
 from eightfold.ops import Expert, ExpertShare, Ops, Weight, get_ops
+from eightfold.ops.cpu import CpuOps
 from eightfold.parallel import Ranks, alone
 from eightfold.plan_bytes import STOP, decode, encode
 from eightfold.quant import get_scheme
@@ -29,9 +31,6 @@ from eightfold.runner import Runner
 from eightfold.sharding import shard_of
 from eightfold.types import EightfoldError, Plan, Request, RequestOutput, SamplingParams
 from in_process import make_ranks, run_ranks
-
-_native = pytest.importorskip("eightfold._native", reason="the native extension is not built")
-from eightfold.ops.cpu import CpuOps  # noqa: E402
 
 # Odd wherever a size may be: the vocabulary, expert widths, heads of 10, two KV heads for up to eight ranks.
 TINY = ModelConfig(

@@ -50,7 +50,6 @@ def test_the_seed_decides(tmp_path: Path) -> None:
 
 
 def test_quantized(tmp_path: Path) -> None:
-    pytest.importorskip("eightfold.quant.w8a8")
     folder = random_checkpoint(tmp_path / "q", TINY, 1, scheme="w8a8")
     config = load_model_config(folder)
     assert config.scheme == "w8a8"

@@ -270,8 +270,8 @@ def test_ranks_that_would_cut_a_group(made: Path) -> None:
     assert widths == [(0, 3584), (3584, 7168), (7168, 10752), (10752, 14336)]
 
 
-def test_random_weights_and_their_facts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = replace(load_model_config(Path("src/eightfold/assets/demo")), num_layers=1)
+def test_random_weights_and_their_facts(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = replace(load_model_config(demo), num_layers=1)
     folder = random_checkpoint(tmp_path / "random", config, scheme="w4a16")
     assert Bare(folder).logits(IDS).isfinite().all()
     assert main(["info", str(folder), "--json"]) == 0

@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from eightfold.ops import Rope, get_ops
 from eightfold.ops.npu import NpuOps, device
-from eightfold.ops.npu.device import SOCS, open_device, soc_of
+from eightfold.ops.npu.device import FRACTAL_NZ, SOCS, open_device, soc_of
 from eightfold.quant import get_scheme
 from eightfold.types import EightfoldError
 
@@ -197,8 +198,9 @@ def test_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TASK_QUEUE_ENABLE", "1")
     ops = NpuOps(torch.bfloat16)
     assert "heeded by torch_npu" in ops.facts()["TASK_QUEUE_ENABLE"]
-    handle = ops.prepare_linear([matrix(64, 32, "w8a8")])
-    assert not ops.npu.is_nz(handle.weight)  # type: ignore[attr-defined]
+    layout = ops.npu.torch_npu.get_npu_format
+    handle: Any = ops.prepare_linear([matrix(64, 32, "w8a8")])
+    assert layout(handle.weight) != FRACTAL_NZ
     monkeypatch.delenv("ATB_LLM_ENABLE_AUTO_TRANSPOSE")
     handle = NpuOps(torch.bfloat16).prepare_linear([matrix(64, 32, "w8a8")])
-    assert ops.npu.is_nz(handle.weight)  # type: ignore[attr-defined]
+    assert layout(handle.weight) == FRACTAL_NZ

@@ -65,14 +65,13 @@ class Soc:
     products: str
     dtypes: tuple[torch.dtype, ...]
     fused: bool  # attention over ragged batches, routing, int8 activations, grouped products of experts
-    quantized_nz: bool  # whether int8 weights are laid out as NZ outside of graphs
     adds: bool  # has products that add up over ranks
 
 
 SOCS = (
-    Soc("Ascend910B", "Atlas 800I A2", (torch.bfloat16, torch.float16, torch.float32), True, True, True),
-    Soc("Ascend910_93", "Atlas 800I A3", (torch.bfloat16, torch.float16, torch.float32), True, True, False),
-    Soc("Ascend310P", "Atlas 300I DUO", (torch.float16,), False, False, False),
+    Soc("Ascend910B", "Atlas 800I A2", (torch.bfloat16, torch.float16, torch.float32), True, True),
+    Soc("Ascend910_93", "Atlas 800I A3", (torch.bfloat16, torch.float16, torch.float32), True, False),
+    Soc("Ascend310P", "Atlas 300I DUO", (torch.float16,), False, False),
 )
 
 
@@ -97,9 +96,6 @@ class Device:
     def synchronize(self) -> None:
         """Waits until everything that was launched is done."""
         self.torch_npu.npu.synchronize(self.name)
-
-    def is_nz(self, tensor: torch.Tensor) -> bool:
-        return int(self.torch_npu.get_npu_format(tensor)) == FRACTAL_NZ
 
 
 FRACTAL_NZ = 29
