@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -219,7 +219,14 @@ def test_the_data_sets_own_solutions_pass() -> None:
         ("while True:\n  try:\n    while True: pass\n  except BaseException: pass", "timed out"),
         ("import sys; sys.exit(0)", "failed: SystemExit: 0"),
         ("import os; os._exit(0)", "failed: it ended the process"),
-        ("import os\nif os.fork(): os._exit(0)", "failed: it ended the process"),
+        ("import os\nwhile True: os.fork()", "failed: PermissionError"),
+        ("import subprocess; subprocess.run(['true'])", "failed: PermissionError"),
+        ("import os; os.kill(os.getppid(), 9)", "failed: PermissionError"),
+        ("import socket; socket.create_connection(('127.0.0.1', 1))", "failed: PermissionError"),
+        ("import ctypes; assert ctypes.CDLL(None).unshare(0x10000000) == 0", "failed: AssertionError"),
+        ("import threading as t; x = t.Thread(target=print); x.start(); x.join()", "passed"),
+        ("import time\nwhile True:\n  try:\n    time.sleep(9)\n  except BaseException: pass", "timed out"),
+        ("for i in range(99): open(str(i), 'w').write('x' * (1 << 24))", "failed: its files have more than 67108864"),
         ("x = 'a' * (8 << 30)", "failed: MemoryError"),
         ("open('f', 'w').write('x' * (1 << 25))", "failed: OSError: [Errno 27] File too large"),
         ("input()", "failed: EOFError: EOF when reading a line"),
@@ -233,13 +240,14 @@ def test_written_code_is_kept_within_limits(program: str, outcome: str) -> None:
     assert time.monotonic() - start < 8
 
 
-def test_children_of_written_code_end_with_it(tmp_path: Path) -> None:
-    left = tmp_path / "left"
-    program = f"import os, time\nif not os.fork():\n  time.sleep(1.5)\n  open({str(left)!r}, 'w')\n  os._exit(0)"
-    assert run_program(program, 1.0) == "passed"
-    time.sleep(2)
-    assert not left.exists()
-    assert os.getpgid(0) == os.getpgrp()
+@pytest.mark.skipif(ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1) < 1, reason="no Landlock here")
+def test_written_code_changes_no_files_elsewhere(tmp_path: Path) -> None:
+    theirs = write(tmp_path / "theirs", "1")
+    for line in ("open({!r}, 'w')", "open({!r} + '2', 'w')", "os.remove({!r})", "os.truncate({!r}, 0)"):
+        assert run_program("import os; " + line.format(str(theirs)), 1.0).startswith("failed: PermissionError")
+    own = "open('a', 'w').write('x'); os.mkdir('d'); os.rename('a', 'd/a'); os.remove('d/a'); open(os.devnull, 'w')"
+    assert run_program(f"import os; {own}", 1.0) == "passed"
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"] and theirs.stat().st_size
 
 
 def test_truthfulqa(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Runs a program that nobody has read: in a process group of its own, with limits, in an empty folder that goes away.
 
-It keeps accidents and ordinary mischief away: endless loops, memory, files elsewhere by relative paths, the network
-where the system lets an ordinary user cut it off, children that outlive their parent. It still runs as this user, so it
-is no prison for code that means harm: for that, run the whole evaluation in a container.
+It keeps accidents and ordinary mischief away: endless loops, memory, other processes, the network, files elsewhere.
+That takes seccomp, Landlock and namespaces, which most systems give to ordinary users; what one of them lacks stays
+open, and files are read as this user. For code that means harm, run the whole evaluation in a container.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pathlib import Path
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 _START = 10.0  # seconds that starting the process may take on a busy machine, beside the program's own
 MEMORY = 4 << 30
-FILE_BYTES = 16 << 20
+FILE_BYTES = 16 << 20  # of one file
+FOLDER_BYTES = 64 << 20  # of all that are written
 
 
 def run_program(program: str, seconds: float) -> str:
@@ -29,7 +30,7 @@ def run_program(program: str, seconds: float) -> str:
     The end is reported by a word that the program doesn't know, so leaving early is no success.
     """
     word = secrets.token_hex(16)
-    limits = {"seconds": seconds, "memory": MEMORY, "file_bytes": FILE_BYTES, "word": word, "program": program}
+    limits = {"seconds": seconds, "memory": MEMORY, "file_bytes": FILE_BYTES, "folder_bytes": FOLDER_BYTES}
     with tempfile.TemporaryDirectory(prefix="eightfold-eval-", ignore_cleanup_errors=True) as folder:
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(_CHILD)],
@@ -41,7 +42,9 @@ def run_program(program: str, seconds: float) -> str:
             start_new_session=True,
         )
         try:
-            said, _ = process.communicate(json.dumps(limits).encode(), seconds + _START)
+            said, _ = process.communicate(
+                json.dumps({**limits, "word": word, "program": program}).encode(), seconds + _START
+            )
         except subprocess.TimeoutExpired:
             return "timed out"
         finally:
