@@ -170,6 +170,10 @@ def test_number_tasks(tmp_path: Path) -> None:
     assert isinstance(query, Generate) and (query.prompt, query.max_tokens) == ("How many?", 512)
     assert primary(task, item, said("So it is 2000.00005 apples")) == 1
     assert primary(task, item, said("2000 of 2001")) == primary(task, item, said("")) == 0
+    assert item.golden == "2000"
+    write(tmp_path / "GSM8K.jsonl", lines({"question": "How many?", "answer": "#### 12345678.5"}))
+    (item,) = task.load(tmp_path, LoadOptions())
+    assert item.golden == "12345678.5" and primary(task, item, said("$12,345,678.5")) == 1
     write(tmp_path / "GSM8K.jsonl", lines({"question": "How many?", "answer": "two"}))
     with pytest.raises(EightfoldError, match=r"GSM8K.jsonl:1: the answer 'two' holds no number"):
         task.load(tmp_path, LoadOptions())
@@ -278,6 +282,8 @@ def test_truthfulqa(tmp_path: Path) -> None:
         ("rouge_l", "the cat sat on the mat", "the cat lay on the mat", (), 0.8),
         ("rouge_l", "one two. three", "three. one two", (), 1),
         ("rouge_l", "", "x", (), 0),
+        ("rouge_l", "a b. ", "a b.", (), 0.8),  # the package counts the space after a full stop as a word
+        ("rouge_l", "a. . b", "a b", (), 0.8),
         ("class_match", "a Number or Date", "Number", ("Number", "Date", "Num"), 0.5),
         ("class_match", "City", "Number", ("Number", "City"), 0),
         ("passage_match", "Paragraph 3 or 4", "Paragraph 3", (), 0.5),
@@ -371,4 +377,8 @@ def test_totals_are_over_items_or_over_subjects() -> None:
     assert total.scores["accuracy"] == 0.5 and total.items == 4
     assert [row.name for row in others] == ["STEM", "Humanities", "anatomy", "arts"]
     text = table(Cmmlu(), [total, *others])
+    # Of a mean over one subject the interval is the subject's own; over two, errors add up as squares on either side.
+    assert (others[0].low, others[0].high) == pytest.approx(wilson(3, 3)) == (others[2].low, others[2].high)
+    (low, _), (_, high) = wilson(3, 3), wilson(0, 1)
+    assert (total.low, total.high) == pytest.approx((0.5 - (1 - low) / 2, 0.5 + high / 2))
     assert "total           4   50.00 %" in text and "anatomy         3  100.00 %" in text

@@ -31,6 +31,11 @@ def last_number(text: str) -> float | None:
     return float(digits[1:] if subtraction else digits)
 
 
+def _text(number: float) -> str:
+    """With all its digits, so that reading it again gives the same number; 18, not 18.0."""
+    return repr(number).removesuffix(".0")
+
+
 class LastNumber(Task):
     """What the number tasks share: the raw question, and the last number of the answer against the gold's last."""
 
@@ -47,7 +52,7 @@ class LastNumber(Task):
                 gold = last_number(str(row["answer"]))
                 if gold is None:
                     raise EightfoldError(f"{where}: the answer {row['answer']!r:.40} holds no number")
-                items.append(Item(f"{subject}:{number}", subject, f"{gold:g}", {"prompt": row[self.question]}))
+                items.append(Item(f"{subject}:{number}", subject, _text(gold), {"prompt": row[self.question]}))
         return items
 
     def queries(self, item: Item) -> Sequence[Query]:
@@ -56,7 +61,7 @@ class LastNumber(Task):
     def score(self, item: Item, answers: Sequence[Answer]) -> Verdict:
         said = last_number(answers[0].text)
         right = said is not None and abs(said - float(item.golden)) <= TOLERANCE
-        return Verdict("" if said is None else f"{said:g}", {"accuracy": float(right)})
+        return Verdict("" if said is None else _text(said), {"accuracy": float(right)})
 
 
 class Gsm8k(LastNumber):

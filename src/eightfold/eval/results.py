@@ -83,10 +83,16 @@ def _over_subjects(name: str, groups: Sequence[Sequence[Record]]) -> Row:
     parts = [_over_items(name, group) for group in groups]
     scores = {key: _mean([part.scores[key] for part in parts]) for key in (parts[0].scores if parts else ())}
     mean = next(iter(scores.values()), 0.0)
-    # Each subject's interval is about 2 · 1.96 standard errors wide; those of a mean add up as squares.
-    half = math.sqrt(math.fsum(((part.high - part.low) / 2) ** 2 for part in parts)) / max(1, len(parts))
-    items, correct = sum(part.items for part in parts), math.fsum(part.correct for part in parts)
-    return Row(name, items, correct, scores, max(0.0, mean - half), min(1.0, mean + half))
+    # From those of its subjects, by G. Zou and A. Donner (2008): errors below add up as squares, and so do those above.
+    means = [next(iter(part.scores.values())) for part in parts]
+    below = math.sqrt(math.fsum((one - part.low) ** 2 for one, part in zip(means, parts, strict=True)))
+    above = math.sqrt(math.fsum((part.high - one) ** 2 for one, part in zip(means, parts, strict=True)))
+    items, correct, count = (
+        sum(part.items for part in parts),
+        math.fsum(part.correct for part in parts),
+        len(parts) or 1,
+    )
+    return Row(name, items, correct, scores, max(0.0, mean - below / count), min(1.0, mean + above / count))
 
 
 def _mean(values: Sequence[float]) -> float:

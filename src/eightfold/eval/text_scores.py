@@ -114,7 +114,8 @@ def _segments(text: str) -> list[str]:
 
 
 def _sentences(text: str) -> list[list[str]]:
-    return [words for part in text.split(".") if (words := part.split())]
+    # What is only space between two full stops, or after the last, is a sentence of one empty word to the package.
+    return [part.split() or [""] for part in text.split(".") if part]
 
 
 def _number_share(said: str, right: re.Match[str] | None) -> float:
