@@ -90,10 +90,7 @@ void Engine::rope_write(const RopeWrite& args, int64_t table_rows, int64_t pages
 }
 
 void Engine::attention(Attention args, int64_t pages) {
-  const int64_t group = args.heads / args.kv_heads;
-  args.chunk = std::max<int64_t>(1, kQueryRows / group);
-  std::vector<int64_t> starts(args.rows + 1, 0);
-  int64_t longest = 0, work = 0;
+  int64_t work = 0;
   require(args.rows == 0 || (args.query_starts[0] == 0 && args.query_starts[args.rows] == args.tokens),
           "query_starts does not cover the tokens");
   for (int64_t r = 0; r < args.rows; r++) {
@@ -105,15 +102,15 @@ void Engine::attention(Attention args, int64_t pages) {
       const int32_t page = args.page_table[r * args.table_stride + p];
       require(page >= 0 && page < pages, "the page table names a page that does not exist");
     }
-    starts[r + 1] = starts[r] + (count + args.chunk - 1) / args.chunk * args.kv_heads;
-    if (count) longest = std::max(longest, length);
     work += count * length * args.heads;
   }
+  plan_attention(args, pool_.threads());
+  std::vector<int64_t> starts(args.rows + 1, 0);
+  for (int64_t r = 0; r < args.rows; r++) {
+    const int64_t count = args.query_starts[r + 1] - args.query_starts[r];
+    starts[r + 1] = starts[r] + (count + args.chunk - 1) / args.chunk * (args.kv_heads / item_heads(args, count));
+  }
   args.item_starts = starts.data();
-  // With few items, long contexts are split so that every thread has work. The bits stay: segments are merged alike.
-  const int64_t segments = (longest + kSegment - 1) / kSegment;
-  const bool few = starts[args.rows] < 2 * pool_.threads();
-  args.split = few && segments > 1 && pool_.threads() > 1 ? segments : 0;
   std::lock_guard<std::mutex> lock(pool_.mutex());
   if (args.split) {
     const int64_t floats = args.tokens * args.heads * args.split * partial_stride(args.dim);

@@ -9,6 +9,7 @@ namespace eightfold {
 
 constexpr int64_t kSegment = 1024;   // attention: positions summed in one go; merged at multiples of this only
 constexpr int64_t kKvBlock = 64;     // attention: positions of one softmax step
+constexpr int64_t kFewRows = 8;      // attention: query rows up to which a tile's heads may be one item
 constexpr int64_t kQueryRows = 256;  // attention: query rows (tokens × heads of a group) that share a packed block
 
 struct RmsNorm {              // x, residual [tokens, width] → out = norm(x + residual) · weight, total = x + residual
@@ -47,11 +48,21 @@ struct Attention {
   int64_t window;      // 0: no limit
   bool bf16_products;  // the compute dtype is bf16: q and the probabilities may be rounded to it
   // The plan, made once by the caller:
-  const int64_t* item_starts;  // [rows + 1] first item of each row; an item is a chunk of its tokens for one KV head
+  const int64_t* item_starts;  // [rows + 1] first item of each row; an item is a chunk of its tokens for some KV heads
   int64_t chunk;               // tokens of an item
+  int64_t together;            // KV heads of an item where few query rows see them, else it is one; divides kv_heads
   int64_t split;               // segments of the longest row if they are items of their own, else 0
   float* partial;              // split: [tokens, heads, split, partial_stride(dim)]
 };
+
+// KV heads of an item in a row of `count` tokens.
+inline int64_t item_heads(const Attention& a, int64_t count) {
+  return count * (a.heads / a.kv_heads) <= kFewRows ? a.together : 1;
+}
+
+// Decides on `chunk`, `together` and `split`. Heads of a page that are read one after the other are read fastest; but every
+// thread should have work all the time. The bits stay: segments are merged alike.
+void plan_attention(Attention& a, int threads);
 
 // Floats of a segment's result: maximum, weight, and from the 16th on the elements in whole groups of vectors.
 constexpr int64_t partial_stride(int64_t dim) { return 16 + round_up(dim, 64); }

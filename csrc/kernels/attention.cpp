@@ -13,7 +13,8 @@ namespace eightfold::EIGHTFOLD_ISA {
 namespace {
 
 struct Item {
-  int64_t row, head;      // head: of keys and values
+  int64_t row;
+  int64_t head, heads;    // of keys and values: first, and how many
   int64_t token, tokens;  // first token of the batch, and how many
   int64_t position;       // of the first token
   int64_t segment_begin, segment_end;
@@ -30,14 +31,16 @@ template <class P>
 Work<P> lay_out(const Attention& a, Worker& worker) {
   using Lane = typename P::Lane;
   Work<P> w;
-  const int64_t rows = a.chunk * (a.heads / a.kv_heads), tiles = (rows + kTileQueries - 1) / kTileQueries;
+  const int64_t rows = larger(round_up(a.chunk * (a.heads / a.kv_heads), kTileQueries),
+                              a.together * round_up(kFewRows, kTileQueries));
   w.dim = a.dim;
   w.steps = round_up((a.dim + P::kPer - 1) / P::kPer, VL);
   w.padded = round_up(a.dim, P::kOrder * VL);
+  w.key_step = a.k_strides[2];
   const int64_t sizes[] = {w.steps * kKvBlock,
                            kKvBlock / P::kPer * w.padded,
-                           tiles * w.steps * kTileQueries * P::kParts,
-                           kTileQueries * P::kParts * kKvBlock / P::kPer,
+                           rows * w.steps * P::kParts,
+                           a.together * kTileQueries * P::kParts * kKvBlock / P::kPer,
                            rows * P::kParts,
                            kTileQueries * kKvBlock,
                            rows * w.padded,
@@ -46,7 +49,8 @@ Work<P> lay_out(const Attention& a, Worker& worker) {
                            rows,
                            rows,
                            rows,
-                           rows};
+                           rows,
+                           a.together * 2 * VL};
   int64_t bytes = 0;
   for (const int64_t size : sizes) bytes += round_up(size * 4, 64);
   char* at = worker.scratch(static_cast<size_t>(bytes));
@@ -56,8 +60,8 @@ Work<P> lay_out(const Attention& a, Worker& worker) {
   w.probabilities = reinterpret_cast<Lane*>(carve(at, sizes[3]));
   w.query_bias = reinterpret_cast<int32_t*>(carve(at, sizes[4]));
   float** const floats[] = {&w.scores,     &w.out,          &w.total,       &w.most, &w.weight,
-                            &w.total_most, &w.total_weight, &w.query_factor};
-  for (int i = 0; i < 8; i++) *floats[i] = reinterpret_cast<float*>(carve(at, sizes[5 + i]));
+                            &w.total_most, &w.total_weight, &w.query_factor, &w.factors};
+  for (int i = 0; i < 9; i++) *floats[i] = reinterpret_cast<float*>(carve(at, sizes[5 + i]));
   return w;
 }
 
@@ -74,23 +78,33 @@ void put_tile(const W& w, const float* const* rows, int count, float* to) {
   }
 }
 
+// Query rows of each head of an item, and how far apart the heads' rows are.
+struct QueryRows {
+  int64_t group, count, stride;
+  QueryRows(const Attention& a, const Item& item)
+      : group(a.heads / a.kv_heads), count(item.tokens * group), stride(round_up(count, kTileQueries)) {}
+};
+
 template <class P>
 void pack_queries(const Attention& a, const Item& item, Work<P>& w) {
-  const int64_t group = a.heads / a.kv_heads, rows = item.tokens * group;
-  const float* q = a.q + (item.token * a.heads + item.head * group) * a.dim;
-  const float* tile_rows[kTileQueries];
-  for (int64_t i = 0, g = 0; i < rows; i++) {
-    auto* tile = w.queries + i / kTileQueries * w.steps * kTileQueries * P::kParts;
-    const int in_tile = static_cast<int>(i % kTileQueries);
-    if constexpr (P::kPer == 1) {
-      tile_rows[in_tile] = q;
-      if (in_tile == kTileQueries - 1 || i == rows - 1) put_tile(w, tile_rows, in_tile + 1, tile);
-    } else {
-      P::put_query(w, i, q, tile + in_tile * P::kParts);
+  const QueryRows rows(a, item);
+  for (int64_t h = 0; h < item.heads; h++) {
+    const float* q = a.q + (item.token * a.heads + (item.head + h) * rows.group) * a.dim;
+    const float* tile_rows[kTileQueries];
+    for (int64_t i = 0, g = 0; i < rows.count; i++) {
+      const int64_t row = h * rows.stride + i;
+      auto* tile = w.queries + row / kTileQueries * w.steps * kTileQueries * P::kParts;
+      const int in_tile = static_cast<int>(i % kTileQueries);
+      if constexpr (P::kPer == 1) {
+        tile_rows[in_tile] = q;
+        if (in_tile == kTileQueries - 1 || i == rows.count - 1) put_tile(w, tile_rows, in_tile + 1, tile);
+      } else {
+        P::put_query(w, row, q, tile + in_tile * P::kParts);
+      }
+      const bool last_of_group = ++g == rows.group;
+      if (last_of_group) g = 0;
+      q += last_of_group ? (a.heads - rows.group + 1) * a.dim : a.dim;
     }
-    const bool last_of_group = ++g == group;
-    if (last_of_group) g = 0;
-    q += last_of_group ? (a.heads - group + 1) * a.dim : a.dim;
   }
 }
 
@@ -111,17 +125,18 @@ void find_rows(const Attention& a, const Item& item, int64_t block, int64_t end,
     for (int64_t i = 0; i < run; i++) rows.values[j + i] = value + i * value_step;
     j += run;
   }
+  rows.even = count == kKvBlock && size % VL == 0;
   const T *key = count ? rows.keys[0] : k, *value = count ? rows.values[0] : v;
   for (int64_t j = count; j < kKvBlock; j++) rows.keys[j] = key, rows.values[j] = value;
 }
 
 // The scales of a block's positions side by side.
-void find_scales(const Attention& a, const Item& item, int64_t block, int64_t end, float* keys, float* values) {
+void find_scales(const Attention& a, const Item& item, int64_t head, int64_t block, float* keys, float* values) {
   const int32_t* table = a.page_table + item.row * a.table_stride;
   int64_t page = block * kKvBlock / a.page_size, slot = block * kKvBlock % a.page_size;
-  const int64_t count = smaller(kKvBlock, end - block * kKvBlock);
+  const int64_t count = smaller(kKvBlock, item.position + item.tokens - block * kKvBlock);
   for (int64_t j = 0; j < count; page++, slot = 0) {
-    const int64_t at = (table[page] * a.kv_heads + item.head) * a.page_size + slot;
+    const int64_t at = (table[page] * a.kv_heads + head) * a.page_size + slot;
     const int64_t run = smaller(count - j, a.page_size - slot);
     std::memcpy(keys + j, a.k_scale + at, static_cast<size_t>(run) * sizeof(float));
     std::memcpy(values + j, a.v_scale + at, static_cast<size_t>(run) * sizeof(float));
@@ -150,42 +165,119 @@ struct Hide {
 };
 
 template <class P, int M = kTileQueries>
-void block_tile_of(int rows, Work<P>& w, int64_t first, bool packed, int64_t limit, float scale,
-                   const Hide<P>& hide) {
+void tile_scores_of(int rows, const Work<P>& w, const Tile<P>& tile, bool packed, float scale, const Hide<P>& hide) {
   if (rows == M) {
-    block_tile<P, M>(w, first, packed, limit, scale, hide);
+    tile_scores<P, M>(w, tile, packed, scale, hide);
   } else if constexpr (M > 1) {
-    block_tile_of<P, M - 1>(rows, w, first, packed, limit, scale, hide);
+    tile_scores_of<P, M - 1>(rows, w, tile, packed, scale, hide);
   }
 }
 
-template <class P>
-void visit_block(const Attention& a, const Item& item, int64_t block, float scale, Work<P>& w) {
-  const int64_t group = a.heads / a.kv_heads, rows = item.tokens * group, begin = block * kKvBlock;
-  const int64_t end = item.position + item.tokens;
-  while (w.found <= block) {
-    w.found++;
-    find_rows(a, item, w.found, end, w.rows[w.found % 2]);
-  }
-  w.block = w.rows + block % 2;
-  w.next = w.rows + (block + 1) % 2;
-  if (P::kScaled) find_scales(a, item, block, end, w.key_scales, w.value_scales);
-  const bool packed = rows > kTileQueries;
-  if (packed) {
-    pack_keys(w);
-    pack_values(w);
-  }
-  for (int64_t first = 0; first < rows; first += kTileQueries) {
-    const int64_t count = smaller<int64_t>(kTileQueries, rows - first);
-    const int64_t own_first = item.position + first / group, own_last = item.position + (first + count - 1) / group;
-    if (begin > own_last) continue;
-    if (a.window && begin + kKvBlock <= own_first - a.window + 1) continue;
-    const bool all = begin + kKvBlock - 1 <= own_first && (!a.window || begin > own_last - a.window);
-    const Hide<P> hide{a, w, group, first, item.position, block, all};
-    const int64_t limit = smaller(kKvBlock, round_up(own_last - begin + 1, kLimitStep));
-    block_tile_of<P>(static_cast<int>(count), w, first, packed, limit, scale, hide);
+template <class P, int M = kTileQueries>
+void tile_values_of(int rows, const Work<P>& w, const Tile<P>& tile, bool packed) {
+  if (rows == M) {
+    tile_values<P, M>(w, tile, packed);
+  } else if constexpr (M > 1) {
+    tile_values_of<P, M - 1>(rows, w, tile, packed);
   }
 }
+
+// A visit to a block of positions: `Visit` knows what of it each tile of query rows sees.
+template <class P>
+class Visit {
+ public:
+  Visit(const Attention& a, const Item& item, int64_t block, float scale, Work<P>& w)
+      : a_(a), item_(item), block_(block), scale_(scale), w_(w), rows_(a, item) {
+    const int64_t end = item.position + item.tokens;
+    while (w.found <= block) {
+      w.found++;
+      find_rows(a, item, w.found, end, w.rows[w.found % 2]);
+    }
+    w.even = w.rows[block % 2].even;
+  }
+
+  void run() {
+    if (rows_.count <= kTileQueries) return single_tiles();
+    for (int64_t h = 0; h < item_.heads; h++) packed_tiles(h);
+  }
+
+ private:
+  const Attention& a_;
+  const Item& item_;
+  const int64_t block_;
+  const float scale_;
+  Work<P>& w_;
+  const QueryRows rows_;
+
+  auto keys(int64_t block, int64_t head) const {
+    return HeadRows<typename P::Stored>{w_.rows[block % 2].keys, head * a_.k_strides[1]};
+  }
+  auto values(int64_t block, int64_t head) const {
+    return HeadRows<typename P::Stored>{w_.rows[block % 2].values, head * a_.v_strides[1]};
+  }
+  void scales(int64_t head) const {
+    if (P::kScaled) find_scales(a_, item_, item_.head + head, block_, w_.key_scales, w_.value_scales);
+  }
+
+  // Whether rows [first, first + count) of each head see anything of the block; `hide` and `limit` then say what.
+  struct Sight {
+    bool any, all;
+    int64_t limit;
+  };
+  Sight sight(int64_t first, int64_t count) const {
+    const int64_t begin = block_ * kKvBlock, own_first = item_.position + first / rows_.group,
+                  own_last = item_.position + (first + count - 1) / rows_.group;
+    Sight s;
+    s.any = begin <= own_last && !(a_.window && begin + kKvBlock <= own_first - a_.window + 1);
+    s.all = begin + kKvBlock - 1 <= own_first && (!a_.window || begin > own_last - a_.window);
+    s.limit = smaller(kKvBlock, round_up(own_last - begin + 1, kLimitStep));
+    return s;
+  }
+
+  Tile<P> tile(int64_t head, int64_t first, int64_t place, int64_t limit) const {
+    float* factors = w_.factors + place * 2 * VL;
+    return {head * rows_.stride + first, limit,
+            w_.probabilities + place * kTileQueries * P::kParts * (kKvBlock / P::kPer), factors, factors + VL};
+  }
+
+  // One tile a head. Memory is read in the order of its addresses as far as a block allows, one head's keys or values
+  // ahead: the keys of all heads of a page follow each other.
+  void single_tiles() {
+    const Sight seen = sight(0, rows_.count);
+    if (!seen.any) return;
+    const int count = static_cast<int>(rows_.count);
+    const Hide<P> hide{a_, w_, rows_.group, 0, item_.position, block_, seen.all};
+    for (int64_t h = 0; h < item_.heads; h++) {
+      w_.keys_of = keys(block_, h);
+      w_.ahead = h + 1 < item_.heads ? keys(block_, h + 1) : values(block_, 0);
+      scales(h);
+      tile_scores_of<P>(count, w_, tile(h, 0, h, seen.limit), false, scale_, hide);
+    }
+    for (int64_t h = 0; h < item_.heads; h++) {
+      w_.values_of = values(block_, h);
+      w_.ahead = h + 1 < item_.heads ? values(block_, h + 1) : keys(block_ + 1, 0);
+      tile_values_of<P>(count, w_, tile(h, 0, h, seen.limit), false);
+    }
+  }
+
+  // Many tiles of a head share what is packed once.
+  void packed_tiles(int64_t head) {
+    w_.keys_of = keys(block_, head), w_.ahead = keys(block_ + 1, head);
+    pack_keys(w_);
+    w_.values_of = values(block_, head), w_.ahead = values(block_ + 1, head);
+    pack_values(w_);
+    scales(head);
+    for (int64_t first = 0; first < rows_.count; first += kTileQueries) {
+      const int64_t count = smaller<int64_t>(kTileQueries, rows_.count - first);
+      const Sight seen = sight(first, count);
+      if (!seen.any) continue;
+      const Hide<P> hide{a_, w_, rows_.group, first, item_.position, block_, seen.all};
+      const Tile<P> t = tile(head, first, 0, seen.limit);
+      tile_scores_of<P>(static_cast<int>(count), w_, t, true, scale_, hide);
+      tile_values_of<P>(static_cast<int>(count), w_, t, true);
+    }
+  }
+};
 
 float power(float x) {
   float lanes[VL];
@@ -231,9 +323,30 @@ void swap_sums(Work<P>& w) {
   w.total = out, w.total_most = most, w.total_weight = weight;
 }
 
+// Writes an item's sums: to the output, or as a segment's share of it.
+template <class P>
+void put_sums(const Attention& a, const Item& item, const Work<P>& w) {
+  const QueryRows rows(a, item);
+  for (int64_t h = 0; h < item.heads; h++) {
+    int64_t at = item.token * a.heads + (item.head + h) * rows.group;
+    for (int64_t i = h * rows.stride, g = 0; i < h * rows.stride + rows.count; i++, at++) {
+      if (g++ == rows.group) g = 1, at += a.heads - rows.group;
+      if (!item.partial) {
+        finish<P>(w.total + i * w.padded, w.total_weight[i], a.dim, a.out + at * a.dim);
+        continue;
+      }
+      float* to = a.partial + (at * a.split + item.segment_begin) * partial_stride(a.dim);
+      to[0] = w.total_most[i];
+      to[1] = w.total_weight[i];
+      std::memcpy(to + 16, w.total + i * w.padded, static_cast<size_t>(w.padded) * sizeof(float));
+    }
+  }
+}
+
 template <class P>
 void run_item(const Attention& a, const Item& item, Work<P>& w) {
-  const int64_t group = a.heads / a.kv_heads, rows = item.tokens * group;
+  const QueryRows query_rows(a, item);
+  const int64_t rows = item.heads * query_rows.stride;
   const int64_t last = item.position + item.tokens - 1;
   const int64_t from = a.window ? larger<int64_t>(0, item.position - a.window + 1) : 0;
   const float scale = 1.44269504f / std::sqrt(static_cast<float>(a.dim));
@@ -247,7 +360,7 @@ void run_item(const Attention& a, const Item& item, Work<P>& w) {
     if (!first) clear(w, w.out, w.most, w.weight, rows);
     for (int64_t b = larger(segment * blocks, from / kKvBlock);
          b < smaller((segment + 1) * blocks, last / kKvBlock + 1); b++)
-      visit_block(a, item, b, scale, w);
+      Visit<P>(a, item, b, scale, w).run();
     if (first) {  // nothing to merge it with: it is the total so far
       swap_sums(w);
       continue;
@@ -257,21 +370,10 @@ void run_item(const Attention& a, const Item& item, Work<P>& w) {
             w.padded);
   }
   if (first) swap_sums(w);
-  int64_t at = item.token * a.heads + item.head * group;
-  for (int64_t i = 0, g = 0; i < rows; i++, at++) {
-    if (g++ == group) g = 1, at += a.heads - group;
-    if (!item.partial) {
-      finish<P>(w.total + i * w.padded, w.total_weight[i], a.dim, a.out + at * a.dim);
-      continue;
-    }
-    float* to = a.partial + (at * a.split + item.segment_begin) * partial_stride(a.dim);
-    to[0] = w.total_most[i];
-    to[1] = w.total_weight[i];
-    std::memcpy(to + 16, w.total + i * w.padded, static_cast<size_t>(w.padded) * sizeof(float));
-  }
+  put_sums(a, item, w);
 }
 
-// Items are numbered row by row, in a row by chunk and then by head; long ones last, so the count runs backwards.
+// Items are numbered row by row, in a row by chunk and then by heads; long ones last, so the count runs backwards.
 Item find_item(const Attention& a, int64_t number) {
   int64_t low = 0, high = a.rows - 1;
   while (low < high) {
@@ -283,10 +385,12 @@ Item find_item(const Attention& a, int64_t number) {
     }
   }
   const int64_t start = a.query_starts[low], count = a.query_starts[low + 1] - start;
-  const int64_t within = number - a.item_starts[low], first = within / a.kv_heads * a.chunk;
+  const int64_t heads = item_heads(a, count), groups = a.kv_heads / heads;
+  const int64_t within = number - a.item_starts[low], first = within / groups * a.chunk;
   Item item;
   item.row = low;
-  item.head = within % a.kv_heads;
+  item.head = within % groups * heads;
+  item.heads = heads;
   item.token = start + first;
   item.tokens = smaller(a.chunk, count - first);
   item.position = a.kv_lens[low] - count + first;

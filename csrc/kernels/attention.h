@@ -27,15 +27,24 @@ EF_INLINE vf load_part(const T* p, int64_t n) {  // the first n elements, as far
 // more than the load.
 struct Whole {};
 
-// Where the keys and values of a block lie. Positions that do not exist stand at the first one's place: their scores
-// are hidden, so that only their being readable matters.
+// Where the keys and values of a block lie, of an item's first head. Positions that do not exist stand at the first
+// one's place: their scores are hidden, so that only their being readable matters.
 template <class T>
 struct Rows {
   const T *keys[kKvBlock], *values[kKvBlock];
+  bool even;  // all positions exist, and each VL of them follow each other in one page
+};
+
+// The rows of one head in a block: those of the item's first head, and so many elements on.
+template <class T>
+struct HeadRows {
+  const T* const* rows;
+  int64_t offset;
+  EF_INLINE const T* operator[](int64_t i) const { return rows[i] + offset; }
 };
 
 // What a thread keeps of a block of positions and of its query rows. A row of queries or probabilities is P::kParts
-// rows of lanes.
+// rows of lanes. Rows of an item's heads follow each other, those of a head in whole tiles.
 template <class P>
 struct Work {
   using Lane = typename P::Lane;
@@ -43,7 +52,7 @@ struct Work {
   Lane* keys;                  // [steps, 64]
   Lane* values;                // [64 / kPer, padded]
   Lane* queries;               // [tiles, steps, kTileQueries · kParts]
-  Lane* probabilities;         // [kTileQueries · kParts, 64 / kPer]
+  Lane* probabilities;         // [kTileQueries · kParts, 64 / kPer] of each head of an item
   float* scores;               // [kTileQueries, 64]
   float* out;                  // [rows, padded] of the segment, elements as P::in_order finds them
   float* total;                // [rows, padded] of all segments before
@@ -51,12 +60,24 @@ struct Work {
   float *total_most, *total_weight;
   float* query_factor;                                 // QuadProducts: [rows] of the queries' integers
   int32_t* query_bias;                                 // QuadProducts: [rows, kParts]
-  float probability_factor[VL];                        // QuadProducts: of a tile's probabilities
+  float* factors;                                      // [heads, 2 · VL]: see Tile
   float key_scales[kKvBlock], value_scales[kKvBlock];  // of int8; 0 where there is no position
   Rows<typename P::Stored> rows[2];                    // of block b at b % 2
   int64_t found;                                       // the last block in `rows`
-  const Rows<typename P::Stored>* block;               // the one in use
-  const Rows<typename P::Stored>* next;                // the one after, to be fetched
+  int64_t key_step;                                    // elements between positions of a page
+  bool even;                                           // Rows::even of the block in use
+  HeadRows<typename P::Stored> keys_of, values_of;     // of the block and the head in use
+  HeadRows<typename P::Stored> ahead;                  // what to fetch meanwhile
+};
+
+// A tile of query rows, and what its scores leave for its values.
+template <class P>
+struct Tile {
+  int64_t first;                     // row
+  int64_t limit;                     // positions of the block that one of its rows may see
+  typename P::Lane* probabilities;   // [kTileQueries · kParts, 64 / kPer]
+  float* alpha;                      // [VL] what the sums so far are to be multiplied by
+  float* probability_factor;         // [VL] QuadProducts: of the probabilities' integers
 };
 
 // Products in fp32 over keys and values of type T.
@@ -85,7 +106,8 @@ struct FloatProducts {
     return zero();
   }
   static EF_INLINE void dot_key(Sum& acc, const Lane* one, vf many) { acc = fma(set1(*one), many, acc); }
-  static EF_INLINE void dot_value(Sum& acc, const Lane* one, vf many) { acc = fma(set1(*one), many, acc); }
+  static EF_INLINE void dot_key_at(Sum& acc, const Lane* one, vf many) { dot_key(acc, one, many); }
+  static EF_INLINE void dot_value(Sum& acc, const Lane* one, vf many) { dot_key(acc, one, many); }
   template <class W>
   static EF_INLINE vf score(const W& w, int64_t, const Sum* acc, int64_t j) {
     return kScaled ? mul(acc[0], load(w.key_scales + j)) : acc[0];
@@ -143,6 +165,9 @@ struct PairProducts {
   static EF_INLINE void dot_key(Sum& acc, const Lane* one, vf many) {
     dot_pairs(acc, set1_pair(one), Pairs{_mm512_castps_si512(many)});
   }
+  static EF_INLINE void dot_key_at(Sum& acc, const Lane* one, vf many) {  // where nothing else takes this lane
+    dot_pairs_set1(acc, one, Pairs{_mm512_castps_si512(many)});
+  }
   static EF_INLINE void dot_value(Sum& acc, const Lane* one, vf many) { dot_key(acc, one, many); }
   template <class W>
   static EF_INLINE vf score(const W&, int64_t, const Sum* acc, int64_t) {
@@ -158,16 +183,24 @@ EF_INLINE void fetch(const T* row, int64_t dim) {
   for (int64_t i = 0; i < dim * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(at + i, 0, 3);
 }
 
-template <class P>
-EF_INLINE void load_keys(const Work<P>& w, int64_t j, int64_t s, vf* r) {  // VL steps of VL positions
-  const auto* const* rows = w.block->keys + j;
+// VL steps of VL positions. Rows that follow each other are found by their distance: sixteen pointers are more than
+// there are registers.
+template <class P, bool kEven>
+EF_INLINE void load_keys(const Work<P>& w, int64_t j, int64_t s, vf* r) {
   const int64_t at = s * P::kPer;
-  if (at + VL * P::kPer <= w.dim) {
+  if (kEven && at + VL * P::kPer <= w.dim) {
+    const auto* row = w.keys_of[j] + at;
     EF_UNROLL
-    for (int i = 0; i < VL; i++) r[i] = P::load_key(rows[i] + at, Whole{});
+    for (int i = 0; i < VL; i += 4, row += 4 * w.key_step) {
+      r[i] = P::load_key(row, Whole{});
+      r[i + 1] = P::load_key(row + w.key_step, Whole{});
+      r[i + 2] = P::load_key(row + 2 * w.key_step, Whole{});
+      r[i + 3] = P::load_key(row + 3 * w.key_step, Whole{});
+    }
   } else {
+    const int64_t n = smaller<int64_t>(VL * P::kPer, w.dim - at);
     EF_UNROLL
-    for (int i = 0; i < VL; i++) r[i] = P::load_key(rows[i] + at, w.dim - at);
+    for (int i = 0; i < VL; i++) r[i] = P::load_key(w.keys_of[j + i] + at, n);
   }
   transpose(r);
 }
@@ -178,11 +211,15 @@ void pack_keys(const Work<P>& w) {
   for (int64_t j = 0; j < kKvBlock; j += VL) {
     for (int64_t s = 0; s < w.steps; s += VL) {
       vf r[VL];
-      load_keys(w, j, s, r);
+      if (w.even) {
+        load_keys<P, true>(w, j, s, r);
+      } else {
+        load_keys<P, false>(w, j, s, r);
+      }
       EF_UNROLL
       for (int i = 0; i < VL; i++) store(to + (s + i) * kKvBlock + j, r[i]);
     }
-    for (int64_t i = j; i < j + VL; i++) fetch(w.next->keys[i], w.dim);
+    for (int64_t i = j; i < j + VL; i++) fetch(w.ahead[i], w.dim);
   }
 }
 
@@ -192,24 +229,33 @@ EF_INLINE int64_t whole_vectors(const Work<P>& w) {
   return w.dim / (P::kOrder * VL) * P::kOrder;
 }
 
+// A lane's rows of values from position j on.
+template <class P>
+EF_INLINE void find_values(const Work<P>& w, int64_t j, const typename P::Stored** rows) {
+  EF_UNROLL
+  for (int i = 0; i < P::kPer; i++) rows[i] = w.values_of[j + i];
+}
+
 template <class P>
 void pack_values(const Work<P>& w) {
   const int64_t whole = whole_vectors(w);
   float* to = reinterpret_cast<float*>(w.values);
   for (int64_t j = 0; j < kKvBlock; j += P::kPer, to += w.padded) {
+    const typename P::Stored* rows[P::kPer];
+    find_values(w, j, rows);
     vf many[P::kGroup];
     int64_t v = 0;
     for (; v < whole; v += P::kGroup) {
-      P::load_values(w.block->values + j, v, Whole{}, many);
+      P::load_values(rows, v, Whole{}, many);
       EF_UNROLL
       for (int i = 0; i < P::kGroup; i++) store(to + (v + i) * VL, many[i]);
     }
     for (; v < w.padded / VL; v += P::kGroup) {
-      P::load_values(w.block->values + j, v, P::left(w.dim, v), many);
+      P::load_values(rows, v, P::left(w.dim, v), many);
       EF_UNROLL
       for (int i = 0; i < P::kGroup; i++) store(to + (v + i) * VL, many[i]);
     }
-    for (int64_t i = j; i < j + P::kPer; i++) fetch(w.next->values[i], w.dim);
+    for (int64_t i = j; i < j + P::kPer; i++) fetch(w.ahead[i], w.dim);
   }
 }
 
@@ -249,33 +295,34 @@ int64_t score_packed(const Work<P>& w, int64_t first, int64_t j, int64_t limit) 
 }
 
 // The same for a tile that has the block for itself: keys go from the page through registers into the sums. Two groups of
-// positions take turns, because the sums of one would wait for each other. The next block is fetched evenly meanwhile,
+// positions take turns, because the sums of one would wait for each other. What comes next is fetched evenly meanwhile,
 // in the order of the memory.
-template <class P, int M>
-void score_rows(const Work<P>& w, int64_t limit) {
+template <class P, int M, bool kEven>
+void score_rows(const Work<P>& w, int64_t first, int64_t limit) {
   constexpr int kRows = M * P::kParts, kGroups = 2;
-  const int64_t ahead = larger<int64_t>(1, kGroups * VL * VL / w.steps);  // rows to fetch at a time
+  const int64_t each = larger<int64_t>(1, VL * VL / w.steps);  // rows to fetch at a time
   static_assert(kLimitStep % (kGroups * VL) == 0, "the groups end at the limit");
   for (int64_t j = 0; j < limit; j += kGroups * VL) {
     typename P::Sum acc[kGroups][kRows];
     EF_UNROLL
     for (int g = 0; g < kGroups; g++) {
       EF_UNROLL
-      for (int r = 0; r < kRows; r++) acc[g][r] = P::start(w, r / P::kParts, r % P::kParts);
+      for (int r = 0; r < kRows; r++) acc[g][r] = P::start(w, first + r / P::kParts, r % P::kParts);
     }
     int64_t fetched = j;
     for (int64_t s = 0; s < w.steps; s += VL) {
-      for (int64_t end = smaller(fetched + ahead, j + kGroups * VL); fetched < end; fetched++)
-        fetch(w.next->keys[fetched], w.dim);
-      const auto* queries = w.queries + s * kTileQueries * P::kParts;
+      const auto* queries = w.queries + (first * w.steps + s * kTileQueries) * P::kParts;
       EF_UNROLL
       for (int g = 0; g < kGroups; g++) {
+        for (int64_t end = smaller(fetched + each, j + kGroups * VL); fetched < end; fetched++)
+          fetch(w.ahead[fetched], w.dim);
         vf many[VL];
-        load_keys(w, j + g * VL, s, many);
+        load_keys<P, kEven>(w, j + g * VL, s, many);
         EF_UNROLL
         for (int i = 0; i < VL; i++) {
           EF_UNROLL
-          for (int r = 0; r < kRows; r++) P::dot_key(acc[g][r], queries + i * kTileQueries * P::kParts + r, many[i]);
+          for (int r = 0; r < kRows; r++)
+            P::dot_key_at(acc[g][r], queries + i * kTileQueries * P::kParts + r, many[i]);
         }
       }
     }
@@ -283,19 +330,19 @@ void score_rows(const Work<P>& w, int64_t limit) {
     for (int g = 0; g < kGroups; g++) {
       EF_UNROLL
       for (int m = 0; m < M; m++)
-        store(w.scores + m * kKvBlock + j + g * VL, P::score(w, m, acc[g] + m * P::kParts, j + g * VL));
+        store(w.scores + m * kKvBlock + j + g * VL, P::score(w, first + m, acc[g] + m * P::kParts, j + g * VL));
     }
   }
 }
 
 // The probabilities of row m of a tile, relative to its maximum `now`; returns their sum.
 template <class P>
-EF_INLINE float exponentials(Work<P>& w, int m, float scale, float now, int64_t limit) {
+EF_INLINE float exponentials(const Work<P>& w, const Tile<P>& tile, int m, float scale, float now) {
   const float* scores = w.scores + m * kKvBlock;
-  auto* probabilities = w.probabilities + m * (kKvBlock / P::kPer);
+  auto* probabilities = tile.probabilities + m * (kKvBlock / P::kPer);
   const vf by = set1(scale), minus = set1(-now);
   vf total = zero();
-  for (int i = 0; i < limit / VL; i += 2) {
+  for (int i = 0; i < tile.limit / VL; i += 2) {
     vf a = exp2_of(fma(load(scores + i * VL), by, minus)), b = exp2_of(fma(load(scores + (i + 1) * VL), by, minus));
     total = add(add(total, a), b);
     if (P::kScaled) {
@@ -307,26 +354,27 @@ EF_INLINE float exponentials(Work<P>& w, int m, float scale, float now, int64_t 
   return sum(total);
 }
 
-// One step of the running softmax of M rows: scores → probabilities, and in `alpha` what the sums so far are to be
-// multiplied by. All maxima come first, or each row would wait for its own.
+// One step of the running softmax of M rows: scores → probabilities. All maxima come first, or each row would wait for
+// its own.
 template <class P, int M>
-EF_INLINE void softmax_rows(Work<P>& w, float scale, float* most, float* weight, float* alpha, int64_t limit) {
+EF_INLINE void softmax_rows(const Work<P>& w, const Tile<P>& tile, float scale) {
   static_assert(M <= VL, "the rows' factors are one vector");
+  float *most = w.most + tile.first, *weight = w.weight + tile.first;
   float now[M], change[VL] = {};
   EF_UNROLL
   for (int m = 0; m < M; m++) {
     const float* scores = w.scores + m * kKvBlock;
     vf top = largest(load(scores), load(scores + VL));
-    for (int64_t i = kLimitStep; i < limit; i += kLimitStep)
+    for (int64_t i = kLimitStep; i < tile.limit; i += kLimitStep)
       top = largest(top, largest(load(scores + i), load(scores + i + VL)));
     now[m] = larger(most[m], largest_of(top) * scale);
     change[m] = most[m] - now[m];
   }
-  store(alpha, exp2_of(load(change)));
+  store(tile.alpha, exp2_of(load(change)));
   EF_UNROLL
   for (int m = 0; m < M; m++) {
-    const float total = exponentials(w, m, scale, now[m], limit);
-    weight[m] = weight[m] * alpha[m] + total;
+    const float total = exponentials(w, tile, m, scale, now[m]);
+    weight[m] = weight[m] * tile.alpha[m] + total;
     most[m] = now[m];
   }
 }
@@ -348,35 +396,37 @@ struct ValueRows {
   EF_INLINE void fetch_next(int64_t j, int64_t v0, int vectors) const {
     const int64_t each = larger<int64_t>(1, P::kPer * vectors * VL / w.padded);  // rows
     const int64_t row = (v0 / vectors * (kKvBlock / P::kPer) + j) * each;
-    for (int64_t i = row; i < smaller<int64_t>(row + each, kKvBlock); i++) fetch(w.next->values[i], w.dim);
+    for (int64_t i = row; i < smaller<int64_t>(row + each, kKvBlock); i++) fetch(w.ahead[i], w.dim);
   }
   EF_INLINE void operator()(int64_t j, int64_t v, vf* many) const {
+    const typename P::Stored* rows[P::kPer];
+    find_values(w, j * P::kPer, rows);
     if constexpr (kWhole) {
-      P::load_values(w.block->values + j * P::kPer, v, Whole{}, many);
+      P::load_values(rows, v, Whole{}, many);
     } else {
-      P::load_values(w.block->values + j * P::kPer, v, P::left(w.dim, v), many);
+      P::load_values(rows, v, P::left(w.dim, v), many);
     }
   }
 };
 
-// out [M, V vectors from v0] = out · alpha + probabilities · values of the positions below `limit`
+// out [M, V vectors from v0] = out · alpha + probabilities · values of the positions that the tile sees
 template <class P, int M, int V, class Values>
-EF_INLINE void value_tile(const Work<P>& w, float* out, const float* alpha, int64_t v0, int64_t limit,
-                          const Values& values) {
+EF_INLINE void value_tile(const Work<P>& w, const Tile<P>& tile, int64_t v0, const Values& values) {
   constexpr int kRows = M * P::kParts;
+  float* out = w.out + tile.first * w.padded + v0 * VL;
   typename P::Sum acc[kRows][V];
   EF_UNROLL
   for (int r = 0; r < kRows; r++) {
     EF_UNROLL
     for (int v = 0; v < V; v++) {
       if constexpr (P::kParts == 1) {
-        acc[r][v] = mul(load(out + r * w.padded + (v0 + v) * VL), set1(alpha[r]));
+        acc[r][v] = mul(load(out + r * w.padded + v * VL), set1(tile.alpha[r]));
       } else {
         acc[r][v] = set1_int(0);
       }
     }
   }
-  for (int64_t j = 0; j < limit / P::kPer; j++) {
+  for (int64_t j = 0; j < tile.limit / P::kPer; j++) {
     values.fetch_next(j, v0, V);
     vf many[V];
     EF_UNROLL
@@ -384,19 +434,19 @@ EF_INLINE void value_tile(const Work<P>& w, float* out, const float* alpha, int6
     EF_UNROLL
     for (int r = 0; r < kRows; r++) {
       EF_UNROLL
-      for (int v = 0; v < V; v++) P::dot_value(acc[r][v], w.probabilities + r * (kKvBlock / P::kPer) + j, many[v]);
+      for (int v = 0; v < V; v++) P::dot_value(acc[r][v], tile.probabilities + r * (kKvBlock / P::kPer) + j, many[v]);
     }
   }
   EF_UNROLL
   for (int m = 0; m < M; m++) {
     EF_UNROLL
     for (int v = 0; v < V; v++) {
-      float* to = out + m * w.padded + (v0 + v) * VL;
+      float* to = out + m * w.padded + v * VL;
       if constexpr (P::kParts == 1) {
         store(to, acc[m][v]);
       } else {
         const vf part = P::joined(acc[m * P::kParts][v], acc[m * P::kParts + 1][v]);
-        store(to, fma(part, set1(w.probability_factor[m]), mul(load(to), set1(alpha[m]))));
+        store(to, fma(part, set1(tile.probability_factor[m]), mul(load(to), set1(tile.alpha[m]))));
       }
     }
   }
@@ -404,37 +454,41 @@ EF_INLINE void value_tile(const Work<P>& w, float* out, const float* alpha, int6
 
 // Vectors [v, end) of M rows; returns where it got to.
 template <class P, int M, int V, class Values>
-EF_INLINE int64_t value_tiles(const Work<P>& w, float* out, const float* alpha, int64_t v, int64_t end, int64_t limit,
-                              const Values& values) {
-  for (; v + V <= end; v += V) value_tile<P, M, V>(w, out, alpha, v, limit, values);
+EF_INLINE int64_t value_tiles(const Work<P>& w, const Tile<P>& tile, int64_t v, int64_t end, const Values& values) {
+  for (; v + V <= end; v += V) value_tile<P, M, V>(w, tile, v, values);
   return v;
 }
 
-// Query rows [first, first + M) against the positions below `limit` of the block in use, packed or not. Positions from
-// there on are hidden from all of the rows; `hide` masks the scores of others before the softmax.
+// The M rows of a tile against the positions below its limit in the block in use, packed or not: first the
+// probabilities, then their products with the values. Positions from the limit on are hidden from all of the rows; `hide`
+// masks the scores of others before the softmax.
 template <class P, int M, class Hide>
-void block_tile(Work<P>& w, int64_t first, bool packed, int64_t limit, float scale, const Hide& hide) {
+void tile_scores(const Work<P>& w, const Tile<P>& tile, bool packed, float scale, const Hide& hide) {
   constexpr int kVectors = kScoreVectors / P::kParts;
   if (packed) {
-    const int64_t j = score_packed<P, M, kVectors>(w, first, 0, limit);
-    if constexpr (kVectors > 2) score_packed<P, M, 2>(w, first, j, limit);
+    const int64_t j = score_packed<P, M, kVectors>(w, tile.first, 0, tile.limit);
+    if constexpr (kVectors > 2) score_packed<P, M, 2>(w, tile.first, j, tile.limit);
+  } else if (w.even) {
+    score_rows<P, M, true>(w, tile.first, tile.limit);
   } else {
-    score_rows<P, M>(w, limit);
+    score_rows<P, M, false>(w, tile.first, tile.limit);
   }
   hide(M);
-  float alpha[VL];
-  softmax_rows<P, M>(w, scale, w.most + first, w.weight + first, alpha, limit);
-  float* out = w.out + first * w.padded;
+  softmax_rows<P, M>(w, tile, scale);
+}
+
+template <class P, int M>
+void tile_values(const Work<P>& w, const Tile<P>& tile, bool packed) {
+  constexpr int kVectors = kScoreVectors / P::kParts;
   const int64_t vectors = w.padded / VL;
   if (packed) {
     const PackedValues<P> values{w};
-    int64_t v = value_tiles<P, M, kVectors>(w, out, alpha, 0, vectors, limit, values);
-    if constexpr (kVectors > 2) v = value_tiles<P, M, 2>(w, out, alpha, v, vectors, limit, values);
-    value_tiles<P, M, P::kGroup>(w, out, alpha, v, vectors, limit, values);
+    int64_t v = value_tiles<P, M, kVectors>(w, tile, 0, vectors, values);
+    if constexpr (kVectors > 2) v = value_tiles<P, M, 2>(w, tile, v, vectors, values);
+    value_tiles<P, M, P::kGroup>(w, tile, v, vectors, values);
   } else {
-    const int64_t v =
-        value_tiles<P, M, kVectors>(w, out, alpha, 0, whole_vectors(w), limit, ValueRows<P, true>{w});
-    value_tiles<P, M, P::kGroup>(w, out, alpha, v, vectors, limit, ValueRows<P, false>{w});
+    const int64_t v = value_tiles<P, M, kVectors>(w, tile, 0, whole_vectors(w), ValueRows<P, true>{w});
+    value_tiles<P, M, P::kGroup>(w, tile, v, vectors, ValueRows<P, false>{w});
   }
 }
 

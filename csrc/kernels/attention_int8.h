@@ -90,6 +90,9 @@ struct QuadProducts {
     const __m512i query = _mm512_set1_epi32(static_cast<int>(*one));
     dot8(acc, Quantized{query}, Weights8{_mm512_castps_si512(many)});
   }
+  static EF_INLINE void dot_key_at(Sum& acc, const Lane* one, vf many) {
+    dot8_set1(acc, one, Weights8{_mm512_castps_si512(many)});
+  }
   static EF_INLINE void dot_value(Sum& acc, const Lane* one, vf many) {
     const __m512i probability = _mm512_set1_epi32(static_cast<int>(*one));
     dot8(acc, Quantized{_mm512_castps_si512(many)}, Weights8{probability});
@@ -102,7 +105,8 @@ struct QuadProducts {
 };
 
 template <>
-EF_INLINE float exponentials(Work<QuadProducts>& w, int m, float scale, float now, int64_t) {  // all, hidden or not
+EF_INLINE float exponentials(const Work<QuadProducts>& w, const Tile<QuadProducts>& tile, int m, float scale,
+                             float now) {  // of all positions, hidden or not
   constexpr int kVectors = kKvBlock / VL;
   const vf by = set1(scale), minus = set1(-now);
   vf x[kVectors], total = zero(), most = zero();
@@ -116,8 +120,8 @@ EF_INLINE float exponentials(Work<QuadProducts>& w, int m, float scale, float no
   const float largest_one = largest_of(most);
   const bool some = largest_one > 1e-30f;
   const vf inverse = set1(some ? QuadProducts::kMostProbability / largest_one : 0.f);
-  w.probability_factor[m] = some ? largest_one / QuadProducts::kMostProbability : 0.f;
-  uint32_t* to = w.probabilities + m * QuadProducts::kParts * (kKvBlock / 4);
+  tile.probability_factor[m] = some ? largest_one / QuadProducts::kMostProbability : 0.f;
+  uint32_t* to = tile.probabilities + m * QuadProducts::kParts * (kKvBlock / 4);
   EF_UNROLL
   for (int i = 0; i < kVectors; i++) {
     const __m512i whole = to_int(mul(x[i], inverse)).v;

@@ -187,6 +187,10 @@ EF_INLINE void dot8_at(vi& acc, const quantized* x, Weights8 w) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*reinterpret_cast<const __m512i_u*>(x)));
 }
 
+EF_INLINE void dot8_set1(vi& acc, const uint32_t* x, Weights8 w) {  // the same four activations for all lanes
+  __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*x));
+}
+
 // Pairs of bf16: acc[i] += a[2i] · b[2i] + a[2i + 1] · b[2i + 1]
 struct Pairs {
   __m512i v;
@@ -203,6 +207,9 @@ EF_INLINE void store_pairs(bf16* p, Pairs a) { _mm512_storeu_si512(p, a.v); }
 EF_INLINE Pairs set1_pair(const uint32_t* p) { return {_mm512_set1_epi32(static_cast<int>(*p))}; }
 EF_INLINE void dot_pairs(vf& acc, Pairs a, Pairs b) {
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a.v), "v"(b.v));
+}
+EF_INLINE void dot_pairs_set1(vf& acc, const uint32_t* a, Pairs b) {  // the same pair for all lanes
+  __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(b.v), "m"(*a));
 }
 EF_INLINE void dot_pairs_at(vf& acc, const bf16* a, Pairs b) {
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(b.v), "m"(*reinterpret_cast<const __m512i_u*>(a)));
