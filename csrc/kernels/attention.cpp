@@ -65,13 +65,13 @@ Work<P> lay_out(const Attention& a, Worker& worker) {
   return w;
 }
 
-// `count` query rows → [steps, kTileQueries], VL elements of each at a time.
-template <class W>
-void put_tile(const W& w, const float* const* rows, int count, float* to) {
+// `count` query rows → [steps, kTileQueries], VL steps of each at a time.
+template <class P>
+void put_tile(const Work<P>& w, const float* const* rows, int count, float* to) {
   for (int64_t s = 0; s < w.steps; s += VL) {
     vf r[VL];
     EF_UNROLL
-    for (int i = 0; i < VL; i++) r[i] = i < count ? load_part(rows[i] + s, w.dim - s) : zero();
+    for (int i = 0; i < VL; i++) r[i] = i < count ? P::query_lanes(rows[i] + s * P::kPer, w.dim - s * P::kPer) : zero();
     transpose(r);
     EF_UNROLL
     for (int i = 0; i < VL; i++) store_n(to + (s + i) * kTileQueries, r[i], kTileQueries);
@@ -95,9 +95,10 @@ void pack_queries(const Attention& a, const Item& item, Work<P>& w) {
       const int64_t row = h * rows.stride + i;
       auto* tile = w.queries + row / kTileQueries * w.steps * kTileQueries * P::kParts;
       const int in_tile = static_cast<int>(i % kTileQueries);
-      if constexpr (P::kPer == 1) {
+      if constexpr (P::kParts == 1) {
         tile_rows[in_tile] = q;
-        if (in_tile == kTileQueries - 1 || i == rows.count - 1) put_tile(w, tile_rows, in_tile + 1, tile);
+        if (in_tile == kTileQueries - 1 || i == rows.count - 1)
+          put_tile(w, tile_rows, in_tile + 1, reinterpret_cast<float*>(tile));
       } else {
         P::put_query(w, row, q, tile + in_tile * P::kParts);
       }
@@ -145,21 +146,34 @@ void find_scales(const Attention& a, const Item& item, int64_t head, int64_t blo
   for (int64_t j = count; j < kKvBlock; j++) keys[j] = values[j] = 0.f;
 }
 
+// What scores are bounded by: kKvBlock positions that are hidden, as many that are seen, and hidden ones again. A NaN
+// becomes its bound: it is hidden where it may not be seen, and an infinity elsewhere, whose probability is a NaN again.
+struct Bounds {
+  float at[3 * kKvBlock];
+  constexpr Bounds() : at() {
+    for (int64_t j = 0; j < 3 * kKvBlock; j++) at[j] = j / kKvBlock == 1 ? INFINITY : -INFINITY;
+  }
+};
+constexpr Bounds bounds;
+
 // Scores of positions that a query row may not see: ahead of it, or further back than the window.
 template <class P>
 struct Hide {
   const Attention& a;
-  Work<P>& w;
+  const Work<P>& w;
   int64_t group, first_row, position, block;  // position: of row 0 of the item
   bool nothing;
   void operator()(int rows) const {
     if (nothing) return;
     for (int m = 0; m < rows; m++) {
       const int64_t own = position + (first_row + m) / group - block * kKvBlock;  // within the block
-      const int64_t low = a.window ? larger<int64_t>(0, own - a.window + 1) : 0;
+      const int64_t seen = smaller<int64_t>(kKvBlock, larger<int64_t>(0, own + 1));
+      const int64_t low = a.window ? smaller<int64_t>(kKvBlock, larger<int64_t>(0, own - a.window + 1)) : 0;
       float* scores = w.scores + m * kKvBlock;
-      for (int64_t j = 0; j < smaller(low, kKvBlock); j++) scores[j] = -INFINITY;
-      for (int64_t j = larger<int64_t>(0, own + 1); j < kKvBlock; j++) scores[j] = -INFINITY;
+      for (int64_t j = 0; j < kKvBlock; j += VL) {
+        const vf ahead = load(bounds.at + 2 * kKvBlock - seen + j), behind = load(bounds.at + kKvBlock - low + j);
+        store(scores + j, smallest(smallest(load(scores + j), ahead), behind));
+      }
     }
   }
 };
@@ -281,7 +295,7 @@ class Visit {
 
 float power(float x) {
   float lanes[VL];
-  store(lanes, exp2_of(set1(x)));
+  store(lanes, exp2_to_0(set1(x)));
   return lanes[0];
 }
 

@@ -18,9 +18,20 @@ constexpr int kScoreVectors = VL == 16 ? 4 : 2;  // vectors of positions, and of
 constexpr int kLimitStep = 2 * VL;               // positions of a block are looked at in such steps
 constexpr float kNothing = -1e30f;               // maximum of no scores; finite, so that differences stay defined
 
+// Compilers keep the addresses of all lanes of a tile, once computed, in memory; so each group starts from its own pointer.
+#define EF_APART(pointer) __asm__("" : "+r"(pointer))
+
 template <class T>
 EF_INLINE vf load_part(const T* p, int64_t n) {  // the first n elements, as far as they fit
   return n >= VL ? load(p) : load_n(p, larger<int64_t>(0, n));
+}
+
+EF_INLINE void store_part(float* p, vf a, int64_t n) {
+  if (n >= VL) {
+    store(p, a);
+  } else {
+    store_n(p, a, n);
+  }
 }
 
 // Loads of a policy take an `int64_t` number of elements, or this where all are there: a test for each row would cost
@@ -91,6 +102,7 @@ struct FloatProducts {
   static constexpr int kGroup = 1, kOrder = 1;     // vectors of values loaded together; put in order together
   static constexpr bool kScaled = sizeof(T) == 1;  // int8: times a scale of the position
   static EF_INLINE int64_t left(int64_t dim, int64_t v) { return dim - v * VL; }  // of a row at vector v
+  static EF_INLINE vf query_lanes(const float* q, int64_t n) { return load_part(q, n); }
   static EF_INLINE vf load_key(const T* p, Whole) { return load(p); }
   static EF_INLINE vf load_key(const T* p, int64_t n) { return load_part(p, n); }
   template <class N>
@@ -146,13 +158,9 @@ struct PairProducts {
     v[0] = _mm512_castpd_ps(_mm512_permutex2var_pd(low, first, high));
     v[1] = _mm512_castpd_ps(_mm512_permutex2var_pd(low, second, high));
   }
-  template <class W>
-  static EF_INLINE void put_query(const W& w, int64_t, const float* q, Lane* to) {
-    for (int64_t s = 0; s < w.steps; s++) {
-      const int64_t n = w.dim - 2 * s;
-      const uint32_t low = n > 0 ? bf16_bits(q[2 * s]) : 0, high = n > 1 ? bf16_bits(q[2 * s + 1]) : 0;
-      to[s * kTileQueries] = low | high << 16;
-    }
+  static EF_INLINE vf query_lanes(const float* q, int64_t n) {  // the first n elements, in VL pairs
+    const __m256i low = to_bf16(load_part(q, n)), high = to_bf16(load_part(q + (n > VL ? VL : 0), n - VL));
+    return _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
   }
   static EF_INLINE void put_probabilities(Lane* to, vf first, vf second) {
     const auto both = _mm512_cvtne2ps_pbh(second, first);
@@ -311,9 +319,10 @@ void score_rows(const Work<P>& w, int64_t first, int64_t limit) {
     }
     int64_t fetched = j;
     for (int64_t s = 0; s < w.steps; s += VL) {
-      const auto* queries = w.queries + (first * w.steps + s * kTileQueries) * P::kParts;
       EF_UNROLL
       for (int g = 0; g < kGroups; g++) {
+        const auto* queries = w.queries + (first * w.steps + s * kTileQueries) * P::kParts;
+        EF_APART(queries);
         for (int64_t end = smaller(fetched + each, j + kGroups * VL); fetched < end; fetched++)
           fetch(w.ahead[fetched], w.dim);
         vf many[VL];
@@ -343,7 +352,7 @@ EF_INLINE float exponentials(const Work<P>& w, const Tile<P>& tile, int m, float
   const vf by = set1(scale), minus = set1(-now);
   vf total = zero();
   for (int i = 0; i < tile.limit / VL; i += 2) {
-    vf a = exp2_of(fma(load(scores + i * VL), by, minus)), b = exp2_of(fma(load(scores + (i + 1) * VL), by, minus));
+    vf a = exp2_to_0(fma(load(scores + i * VL), by, minus)), b = exp2_to_0(fma(load(scores + (i + 1) * VL), by, minus));
     total = add(add(total, a), b);
     if (P::kScaled) {
       a = mul(a, load(w.value_scales + i * VL));
@@ -358,25 +367,25 @@ EF_INLINE float exponentials(const Work<P>& w, const Tile<P>& tile, int m, float
 // its own.
 template <class P, int M>
 EF_INLINE void softmax_rows(const Work<P>& w, const Tile<P>& tile, float scale) {
-  static_assert(M <= VL, "the rows' factors are one vector");
-  float *most = w.most + tile.first, *weight = w.weight + tile.first;
-  float now[M], change[VL] = {};
+  static_assert(M <= VL, "a value of each row makes one vector");
+  float tops[VL] = {}, now[VL], totals[VL] = {};
   EF_UNROLL
   for (int m = 0; m < M; m++) {
     const float* scores = w.scores + m * kKvBlock;
     vf top = largest(load(scores), load(scores + VL));
     for (int64_t i = kLimitStep; i < tile.limit; i += kLimitStep)
       top = largest(top, largest(load(scores + i), load(scores + i + VL)));
-    now[m] = larger(most[m], largest_of(top) * scale);
-    change[m] = most[m] - now[m];
+    tops[m] = largest_of(top);
   }
-  store(tile.alpha, exp2_of(load(change)));
+  const vf before = load_part(w.most + tile.first, M), most = largest(before, mul(load(tops), set1(scale)));
+  const vf alpha = exp2_to_0(sub(before, most));
+  store(now, most);
+  store(tile.alpha, alpha);
   EF_UNROLL
-  for (int m = 0; m < M; m++) {
-    const float total = exponentials(w, tile, m, scale, now[m]);
-    weight[m] = weight[m] * tile.alpha[m] + total;
-    most[m] = now[m];
-  }
+  for (int m = 0; m < M; m++) totals[m] = exponentials(w, tile, m, scale, now[m]);
+  store_part(w.most + tile.first, most, M);
+  float* weight = w.weight + tile.first;
+  store_part(weight, add(mul(load_part(weight, M), alpha), load(totals)), M);
 }
 
 template <class P>

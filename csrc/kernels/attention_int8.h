@@ -112,7 +112,7 @@ EF_INLINE float exponentials(const Work<QuadProducts>& w, const Tile<QuadProduct
   vf x[kVectors], total = zero(), most = zero();
   EF_UNROLL
   for (int i = 0; i < kVectors; i++) {
-    x[i] = exp2_of(fma(load(w.scores + m * kKvBlock + i * VL), by, minus));
+    x[i] = exp2_to_0(fma(load(w.scores + m * kKvBlock + i * VL), by, minus));
     total = add(total, x[i]);
     x[i] = mul(x[i], load(w.value_scales + i * VL));
     most = largest(most, x[i]);

@@ -44,6 +44,7 @@ EF_INLINE float largest_of(vf a) {
 EF_INLINE vf round_even(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 EF_INLINE vi to_int(vf a) { return {_mm256_cvtps_epi32(a)}; }
 EF_INLINE vf to_float(vi a) { return _mm256_cvtepi32_ps(a.v); }
+constexpr float kLeastPower = -127.f;  // times_power gives 0 there
 EF_INLINE vf times_power(vf p, vf whole) {
   const __m256i n = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
   return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(n, 23)));

@@ -86,10 +86,8 @@ EF_INLINE __m128i high_half(__m128i s) { return _mm_unpackhi_epi64(s, s); }
 EF_INLINE vf round_even(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 EF_INLINE vi to_int(vf a) { return {_mm512_cvtps_epi32(a)}; }
 EF_INLINE vf to_float(vi a) { return _mm512_cvtepi32_ps(a.v); }
-EF_INLINE vf times_power(vf p, vf whole) {
-  const __m512i n = _mm512_add_epi32(_mm512_cvtps_epi32(whole), _mm512_set1_epi32(127));
-  return _mm512_mul_ps(p, _mm512_castsi512_ps(_mm512_slli_epi32(n, 23)));
-}
+constexpr float kLeastPower = -200.f;  // times_power gives 0 there
+EF_INLINE vf times_power(vf p, vf whole) { return _mm512_scalef_ps(p, whole); }
 
 EF_INLINE __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
 EF_INLINE vi load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }

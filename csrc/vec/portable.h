@@ -38,6 +38,7 @@ EF_INLINE vi to_int(vf a) {  // a is whole and small
   return vi{(int32_t)a[0], (int32_t)a[1], (int32_t)a[2], (int32_t)a[3]};
 }
 EF_INLINE vf to_float(vi a) { return vf{(float)a[0], (float)a[1], (float)a[2], (float)a[3]}; }
+constexpr float kLeastPower = -127.f;  // times_power gives 0 there
 EF_INLINE vf times_power(vf p, vf whole) {
   // Not to_int: a NaN may come this far, and converting it would be undefined.
   const vi n = (vi)(whole + set1(12582912.f)) - set1_int(0x4b400000);

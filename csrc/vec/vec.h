@@ -62,9 +62,9 @@ EF_INLINE uint16_t bf16_bits(float x) {
   return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 
-// 2^a for a in [-126, 126] or so, 0 below: a polynomial on the fraction in [-1/2, 1/2], relative error about 1e-7.
-EF_INLINE vf exp2_of(vf a) {
-  const vf x = smallest(set1(127.f), largest(set1(-127.f), a));  // the order of operands lets a NaN through
+// 2^a for a up to 0, 0 below kLeastPower: a polynomial on the fraction in [-1/2, 1/2], relative error about 1e-7.
+EF_INLINE vf exp2_to_0(vf a) {
+  const vf x = largest(set1(kLeastPower), a);  // the order of operands lets a NaN through
   const vf whole = round_even(x);
   const vf r = sub(x, whole);
   vf p = set1(1.5403530e-4f);
@@ -76,6 +76,9 @@ EF_INLINE vf exp2_of(vf a) {
   p = fma(p, r, set1(1.f));
   return times_power(p, whole);
 }
+
+// The same for any a; 2^127 above.
+EF_INLINE vf exp2_of(vf a) { return exp2_to_0(smallest(set1(127.f), a)); }
 
 // g · sigmoid(g)
 EF_INLINE vf silu(vf g) { return div(g, add(set1(1.f), exp2_of(mul(g, set1(-1.44269504f))))); }
