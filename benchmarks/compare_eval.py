@@ -107,6 +107,18 @@ def child(pipe: Connection, make: Callable[..., Callable[[], Timed]], args: argp
             pipe.send(run())
 
 
+def one_round(name: str, sides: dict[str, Connection]) -> Timed:
+    """A round of one side. Where it fails, both end."""
+    try:
+        sides[name].send(True)
+        result: Timed = sides[name].recv()
+    except (EOFError, OSError):
+        for pipe in sides.values():
+            pipe.close()
+        raise SystemExit(f"the side of {name} has ended: its own message says why") from None
+    return result
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -131,14 +143,8 @@ def main() -> None:
         other_end.close()  # ours, so that a side which fails ends our waiting for it
     results: dict[str, list[Timed]] = {name: [] for name in sides}
     for _ in range(args.rounds):
-        for name, pipe in sides.items():
-            try:
-                pipe.send(True)
-                results[name].append(pipe.recv())
-            except (EOFError, OSError):
-                for other in sides.values():
-                    other.close()  # which ends the other side
-                raise SystemExit(f"the side of {name} has ended: its own message says why") from None
+        for name in sides:
+            results[name].append(one_round(name, sides))
     for pipe in sides.values():
         pipe.send(False)
     seconds = {name: [result[0] for result in of_side] for name, of_side in results.items()}

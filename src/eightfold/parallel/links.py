@@ -45,8 +45,8 @@ def _accept(place: Place, address: str, meeting: Meeting, hear: Hear) -> dict[in
         listener.settimeout(15)
         while len(links) < place.nodes - 1:
             link, _ = listener.accept()
-            if (node := _greeted(link, token)) is not None:
-                links[node] = link
+            if (sender := _greeted(link, token)) is not None:
+                links[sender] = link
             else:
                 link.close()  # a stranger
     return links
