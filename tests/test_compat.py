@@ -21,6 +21,7 @@ from eightfold.compat.console import CaseError
 from eightfold.compat.main import main
 from eightfold.compat.tables import BENCHMARK_COLUMNS, PERFORMANCE_COLUMNS, performance_cells, with_averages
 from eightfold.compat.timed import Timed, run_timed
+from eightfold.eval.evaluate import NAMED_FAILURES
 from eightfold.eval.results import DEBUG_COLUMNS
 from eightfold.llm import LLM
 from eightfold.types import Request, RequestOutputKind, SamplingParams
@@ -252,6 +253,9 @@ def test_single_texts_and_prompts_of_data_sets(call: Any, models: dict[str, str]
     assert not list((home / "outputs").rglob("*.csv"))
     ended = call("run.sh", str(home), "pa_bf16", "performance_single", "[[64,5]]", '["a b","c"]', "1", *line)
     assert ended.status == 0 and "2 texts run together" in ended.err and "token num: (1, 5)" in ended.out
+    ended = call("run.sh", str(home), "pa_fp16", "performance_single", "[[64,5],[64,3]]", '["a b"]', "1", *line)
+    (file,) = (home / "outputs/results/CPU/performance_test/performance_single/fp16").rglob("*1_tp1_result.csv")
+    assert [row["Out_seq"] for row in table(file)] == ["5", "3"]
     words = ["performance", "[[16,4]]", "5", "prefill_length", "9", "dataset", "boolq", "padding", "9"]
     ended = call("run.sh", str(home), "pa_fp16", *words, *line)
     assert ended.status == 0 and "boolq has 4 batches of 5, fewer than 9" in ended.err
@@ -332,6 +336,13 @@ def test_an_output_folder_that_cannot_be_written(call: Any, models: dict[str, st
     (home / "outputs").write_text("a file")
     ended = call("run.sh", str(home), "pa_fp16", "full_BoolQ", "1", "mixtral", models["demo"], "1")
     assert ended.status == 2 and "cannot write" in ended.err and "outputs" in ended.err
+    (home / "outputs").unlink()
+    (home / "benchmark.csv").mkdir()
+    ended = call("run.sh", str(home), "pa_fp16", "performance", "[[9,5]]", "1", "mixtral", models["demo"], "1")
+    assert ended.status == 2 and "benchmark.csv: it is a folder" in ended.err and not ended.out
+    times = {"ATB_LLM_BENCHMARK_ENABLE": "1", "ATB_LLM_BENCHMARK_FILEPATH": str(home / "data/boolq/dev.jsonl/b.csv")}
+    ended = call("run_pa.py", "--model_path", models["demo"], **times)
+    assert ended.status == 2 and "cannot write" in ended.err and not ended.out  # before anything is asked
 
 
 def test_broken_weights(call: Any, demo: Path, home: Path, tmp_path: Path) -> None:
@@ -357,9 +368,10 @@ def test_a_case_that_fails_in_the_middle(call: Any, demo: Path, home: Path, tmp_
     tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], torch.nan)
     save_file(tensors, broken / "model.safetensors")
     ended = call("run.sh", str(home), "pa_fp16", "performance", "[[9,5]]", "1", "mixtral", str(broken), "1")
-    assert ended.status == 1 and not ended.out
+    assert ended.status == 1 and not ended.out and "the warm-up failed, so no case ran" in ended.err
     ended = call("run.sh", str(home), "pa_fp16", "full_BoolQ", "4", "mixtral", str(broken), "1")
     assert ended.status == 1 and f"{ITEMS} of {ITEMS} items of BoolQ failed" in ended.err
+    assert ended.err.count("not finite numbers") == NAMED_FAILURES
     assert call("run_pa.sh", str(broken)).status == 1
     assert not list((home / "outputs").rglob("*_result.csv"))
 
@@ -377,6 +389,13 @@ def test_the_quantizer_refuses(call: Any, models: dict[str, str], tmp_path: Path
 def test_a_question_that_is_too_long(call: Any, models: dict[str, str]) -> None:
     ended = call("run_pa.py", "--model_path", models["demo"], "--input_texts", "a b c", "--max_input_length", "2")
     assert ended.status == 2 and "above --max_input_length 2" in ended.err and not ended.out
+    words = ["run_pa.py", "--model_path", models["demo"]]
+    ended = call(*words, "--input_texts", "a", "a b c d e f g h", "--max_position_embeddings", "5")
+    assert ended.status == 2 and re.search("question 1 has .* raise --max_position_embeddings", ended.err)
+    ended = call(*words, "--max_position_embeddings", "9000")
+    assert ended.status == 2 and "max_position_embeddings is 9000; the model has 8192 at most" in ended.err
+    ended = call(*words, "--input_ids", "1,2", "1,99999")
+    assert ended.status == 2 and "'question 1': prompt holds token id 99999" in ended.err and not ended.out
 
 
 def test_run_sh_under_torchrun_and_without_words(call: Any, home: Path) -> None:

@@ -99,9 +99,13 @@ def test_inputs_in_their_order(tmp_path: Path) -> None:
     prompts = json.dumps([{"prompt": "p", "adapter": "base"}, {"prompt": "q"}])
     both = python("--input_dict", prompts, "--input_ids", "1")
     assert both.texts == ("p", "q") and both.ids == () and "--input_ids has no effect" in both.notes[0]
+    assert python("--input_ids", "1", "--input_texts", "a").notes == ("--input_texts has no effect beside --input_ids",)
     talks = tmp_path / "talks.jsonl"
     talks.write_text('[{"role": "user", "content": "hi"}]\n')
-    assert python("--input_file", str(talks), "--is_chat_model").conversations == ([{"role": "user", "content": "hi"}],)
+    talk = python("--input_file", str(talks), "--is_chat_model", "--input_texts", "a", "--input_ids", "1")
+    assert talk.conversations == ([{"role": "user", "content": "hi"}],)
+    assert [note.split()[0] for note in talk.notes] == ["--input_ids", "--input_texts"]
+    assert script("W", "--input_texts", "a").texts == ("a",)
 
 
 def test_limits_and_mode_of_the_script() -> None:
@@ -112,7 +116,8 @@ def test_limits_and_mode_of_the_script() -> None:
     assert (dialogue.batch, dialogue.input_length, dialogue.output_length, dialogue.context) == (4, 9, 7, 64)
     assert dialogue.prefill_tokens == 2 * (9 + 7)  # as the reference counts
     assert (dialogue.block_size, dialogue.ignore_eos, dialogue.chat, dialogue.chat_template) == (16, True, True, "T")
-    assert python("--max_prefill_tokens", "100", "--max_prefill_batch_size", "2").prefill_tokens == 100
+    both = python("--max_prefill_tokens", "100", "--max_prefill_batch_size", "2")
+    assert both.prefill_tokens == 100 and "--max_prefill_batch_size has no effect" in both.notes[0]
     assert python("--max_prefill_tokens", "-1").prefill_tokens is None
     assert not python("--load_tokenizer", "false", "--input_ids", "1").load_tokenizer
     assert python("--kw_args", "{}").notes == () and "graph engines" in python("--enable_atb_torch").notes[0]
@@ -208,6 +213,10 @@ def meaning(test: ModelTest) -> dict[str, Any]:
         (
             "pa_fp16 full_NeedleBench 4k 1 mixtral W 8",
             {"test": "full", "dataset": "NeedleBench", "needle_length": "4k", "batches": ((1,),)},
+        ),
+        (
+            "pa_fp16 full_NeedleBench [1,4] mixtral W 8",
+            {"test": "full", "dataset": "NeedleBench", "batches": ((1, 4),)},
         ),
         (
             f"pa_fp16 performance {CASES} 1 mixtral W 8",

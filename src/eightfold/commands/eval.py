@@ -16,7 +16,7 @@ from eightfold.commands.options import engine_options
 from eightfold.config import EngineConfig, load_model_config
 from eightfold.eval.ask import Engines, Prompting
 from eightfold.eval.data import find_data
-from eightfold.eval.evaluate import data_fingerprint, evaluate, first_of_each
+from eightfold.eval.evaluate import NAMED_FAILURES, data_fingerprint, evaluate, first_of_each
 from eightfold.eval.records import Records
 from eightfold.eval.results import check_writable, table, write_results
 from eightfold.eval.settings import run_settings
@@ -95,7 +95,8 @@ def _run(
 
     def failed(message: str) -> None:
         failures.append(message)
-        print("eightfold: error:", message, file=sys.stderr)
+        if len(failures) <= NAMED_FAILURES:
+            print("eightfold: error:", message, file=sys.stderr)
 
     try:
         with console.progress(task.title, "item") as update:
@@ -106,14 +107,15 @@ def _run(
     finally:
         records.close()
     seconds = time.perf_counter() - start
-    rows = write_results(records.path.parent, task, done, settings)
     if done:
-        print(table(task, rows), flush=True)
+        print(table(task, write_results(records.path.parent, task, done, settings)), flush=True)
     shortened = sum(record.shortened > 0 for record in done)
     parts = [f"{task.name}: {len(done) - before} items in {seconds:.1f} s"]
     parts += [f"{before} finished before"] * bool(before)
     parts += [f"{shortened} prompts shortened to {prompting.max_input} tokens"] * bool(shortened)
-    print(" · ".join([*parts, f"results in {records.path.parent}"]), file=sys.stderr)
+    parts += [f"{len(items) - len(done)} failed"] * (len(done) < len(items))
+    parts += [f"results in {records.path.parent}" if done else "no results"]
+    print(" · ".join(parts), file=sys.stderr)
 
 
 def _load_data(tasks: list[Task], args: argparse.Namespace) -> list[tuple[Task, list[Item]]]:

@@ -12,6 +12,7 @@ from eightfold.compat.environment import Environment, has_npu, read_environment
 from eightfold.types import EightfoldError, Request, RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
+    from eightfold.config import ModelConfig
     from eightfold.llm import LLM
 
 WARM_UP = 64  # tokens of a prompt that reaches all experts
@@ -35,13 +36,25 @@ def say_ineffective(environment: Environment) -> None:
         note(f"no effect on this backend: {', '.join(environment.ineffective)}")
 
 
+def check_limit(context: int | None, model: ModelConfig) -> None:
+    """Raises EightfoldError where max_position_embeddings, if it is given, is more than the model was made for."""
+    if context is not None and context > model.max_position_embeddings:
+        raise EightfoldError(
+            f"max_position_embeddings is {context}; the model has {model.max_position_embeddings} at most"
+        )
+
+
 def run(dialogue: Dialogue, environment: Environment) -> None:
     """Load the model, answer, print. Raises EightfoldError on inputs that can't be run, before any is."""
-    from eightfold.eval.results import check_writable
-    from eightfold.llm import LLM  # torch, for which a mistake in the words should not have to wait
+    from eightfold.compat.tables import check_target
+    from eightfold.config import load_model_config  # torch, for which a mistake in the words should not have to wait
+    from eightfold.hub import resolve
+    from eightfold.llm import LLM
 
     if environment.benchmark_file is not None:
-        check_writable(environment.benchmark_file.parent)
+        check_target(environment.benchmark_file)
+    if dialogue.context is not None:
+        check_limit(dialogue.context, load_model_config(resolve(dialogue.model)))
     # As with the reference, a batch of one prompt is that prompt so many times: all of it is computed each time.
     options: dict[str, Any] = dialogue.layout.engine_options()
     if dialogue.prefill_tokens is not None:
@@ -101,6 +114,11 @@ def _answer(llm: LLM, dialogue: Dialogue, environment: Environment) -> None:
             raise EightfoldError(
                 f"question {number} has {len(ids)} tokens, above --max_input_length {dialogue.input_length}: raise it"
             )
+        if len(ids) >= llm.engine.max_model_len:
+            raise EightfoldError(
+                f"question {number} has {len(ids)} tokens; the context holds {llm.engine.max_model_len}, of which at "
+                "least one is for the answer: shorten it, or raise --max_position_embeddings"
+            )
     params = SamplingParams(
         temperature=0,
         max_tokens=dialogue.output_length,
@@ -111,10 +129,10 @@ def _answer(llm: LLM, dialogue: Dialogue, environment: Environment) -> None:
     batch = replicated([ids for _, ids in prompts], dialogue.batch)
     log("warm-up begins")
     warm = SamplingParams(temperature=0, max_tokens=1, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
-    run_timed(llm.engine, [Request("warm-up", batch[0][:WARM_UP], warm)])
+    run_timed(llm.engine, [Request("question 0, for the warm-up", batch[0][:WARM_UP], warm)])
     log(f"warm-up ends; memory: {_memory()}")
     log("inference begins")
-    timed = run_timed(llm.engine, [Request(str(number), ids, params) for number, ids in enumerate(batch)])
+    timed = run_timed(llm.engine, [Request(f"question {number}", ids, params) for number, ids in enumerate(batch)])
     log(f"inference ends after {timed.seconds:.3f} s")
     answers = [output.outputs[0] for output in timed.outputs]
     texts = [one.text if dialogue.load_tokenizer else ",".join(map(str, one.token_ids)) for one in answers]

@@ -58,7 +58,7 @@ def parse_script(words: Sequence[str], environment: Environment) -> Dialogue:
     """
     parser = _parser("run_pa.sh", "bash run_pa.sh [--trust_remote_code] WEIGHTS [dp tp moe_tp moe_ep] [options]")
     parser.add_argument("positional", nargs="*", metavar="WEIGHTS [dp tp moe_tp moe_ep]")
-    parser.set_defaults(input_texts=[SCRIPT_QUESTION], max_output_length=SCRIPT_OUTPUT_LENGTH)
+    parser.set_defaults(max_output_length=SCRIPT_OUTPUT_LENGTH)
     args = _parse(parser, words)
     weights, *degrees = [*([args.model_path] if args.model_path else []), *args.positional] or [""]
     if not weights:
@@ -76,7 +76,7 @@ def parse_script(words: Sequence[str], environment: Environment) -> Dialogue:
             raise EightfoldError(f"{name} is given twice, as {word} and by --{name}")
         setattr(args, name, int(word))
     args.model_path = weights
-    return _dialogue(args, environment, environment.devices, environment.devices_variable)
+    return _dialogue(args, SCRIPT_QUESTION, environment, environment.devices, environment.devices_variable)
 
 
 def parse_python(words: Sequence[str], environment: Environment) -> Dialogue:
@@ -84,7 +84,7 @@ def parse_python(words: Sequence[str], environment: Environment) -> Dialogue:
     args = _parse(_parser("run_pa.py", "python run_pa.py --model_path WEIGHTS [options]"), words)
     if not args.model_path:
         raise EightfoldError("--model_path is missing: the folder of the weights")
-    return _dialogue(args, environment, None, "")
+    return _dialogue(args, QUESTION, environment, None, "")
 
 
 def normal_flags(words: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -116,7 +116,7 @@ def _parser(name: str, usage: str) -> Parser:
     add("--model_path", metavar="WEIGHTS", help="folder of weights and tokenizer")
     group = parser.add_argument_group("inputs (dict before ids before texts; a file of conversations before all)")
     add = group.add_argument
-    add("--input_texts", nargs="+", metavar="TEXT", default=[QUESTION], help="prompts, or a file of one prompt a line")
+    add("--input_texts", nargs="+", metavar="TEXT", help="prompts, or a file of one prompt a line")
     add("--input_ids", nargs="+", metavar="IDS", help="prompts as token ids: 1,2,3 4,5")
     add("--input_file", metavar="FILE", help="with --is_chat_model: a conversation a line, [{role, content}, …]")
     add("--input_dict", metavar="JSON", help='[{"prompt": …, "adapter": …}]; adapters other than "base" are refused')
@@ -146,13 +146,17 @@ def _parser(name: str, usage: str) -> Parser:
     return parser
 
 
-def _dialogue(args: argparse.Namespace, environment: Environment, ranks: int | None, named: str) -> Dialogue:
+def _dialogue(
+    args: argparse.Namespace, question: str, environment: Environment, ranks: int | None, named: str
+) -> Dialogue:
     _refuse(args)
     degrees = {name: getattr(args, name) for name in DEGREES}
     if environment.torchrun_ranks is not None:
         ranks, named = environment.torchrun_ranks, "torchrun's WORLD_SIZE"
     layout = make_layout(degrees, ranks, named)
-    inputs, notes = _inputs(args)
+    inputs, notes = _inputs(args, question)
+    if args.max_prefill_batch_size is not None and args.max_prefill_tokens != -1:
+        notes.append("--max_prefill_batch_size has no effect beside --max_prefill_tokens")
     if args.trust_remote_code:
         notes.append("--trust_remote_code has no effect: no code from a checkpoint is ever executed here")
     if args.enable_atb_torch:
@@ -211,17 +215,16 @@ def _prefill_tokens(args: argparse.Namespace) -> int | None:
     return None
 
 
-def _inputs(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """The inputs that win, and notes on those that lose."""
-    notes = []
-    given = [("--input_dict", args.input_dict), ("--input_ids", args.input_ids)]
+def _inputs(args: argparse.Namespace, question: str) -> tuple[dict[str, Any], list[str]]:
+    """The inputs that win (`question` where none are given), and notes on those that lose."""
+    order = ("--input_file", "--input_dict", "--input_ids", "--input_texts")
+    given = [name for name in order if getattr(args, name.removeprefix("--")) is not None]
+    notes = [f"{name} has no effect beside {given[0]}" for name in given[1:]]
     if args.input_file is not None:
         if not args.is_chat_model:
             raise EightfoldError("--input_file holds conversations: add --is_chat_model")
-        notes += [f"{name} has no effect beside --input_file" for name, value in given if value is not None]
         return {"conversations": tuple(_conversations(args.input_file))}, notes
     if args.input_dict is not None:
-        notes += ["--input_ids has no effect beside --input_dict"] * (args.input_ids is not None)
         return {"texts": tuple(_dict_prompts(args.input_dict))}, notes
     if args.input_ids is not None:
         if args.is_chat_model:
@@ -229,7 +232,7 @@ def _inputs(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         return {"ids": tuple(map(_ids, args.input_ids))}, notes
     if not args.load_tokenizer:
         raise EightfoldError("--load_tokenizer false leaves token ids only: give --input_ids")
-    return {"texts": tuple(_texts(args.input_texts))}, notes
+    return {"texts": tuple(_texts(args.input_texts if args.input_texts is not None else [question]))}, notes
 
 
 def _texts(words: Sequence[str]) -> list[str]:

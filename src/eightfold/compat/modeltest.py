@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eightfold.compat.console import note
-from eightfold.compat.dialogue import say_ineffective
+from eightfold.compat.dialogue import check_limit, say_ineffective
 from eightfold.compat.environment import Environment, has_npu, read_environment
 from eightfold.compat.modeltest_grammar import ModelTest, parse
 from eightfold.types import EightfoldError
@@ -27,7 +27,7 @@ bash run.sh {pa_fp16|pa_bf16|fa|basic} TEST …, with TEST … one of
   performance CASES BATCH [prefill_bs] [prefill_length N] [dataset NAME [padding] [batches|INF]]
   performance_maxbs CASES [[lo,hi],…] TIME_LIMIT_MS
   performance_single|precision_single CASES '["a","b"]'|FILE BATCH
-  full_DATASET [shot] BATCH
+  full_DATASET [shot] BATCH                     (full_NeedleBench [4k|8k|16k|32k|64k|128k] BATCH)
 
 and then mixtral [chat|base] WEIGHTS [trust_remote_code] CHIPS [parallel_list] [max_position_embeddings];
 on several machines RANK_TABLE WORLD_SIZE NODES RANK_START MASTER_ADDR in the place of CHIPS.
@@ -83,7 +83,9 @@ def run(test: ModelTest, environment: Environment, home: Path) -> None:
         run_precision(test, environment, places)
     else:
         from eightfold.compat.performance import run_lengths
+        from eightfold.compat.tables import check_target
 
+        check_target(places.benchmark)
         run_lengths(test, environment, model, places)
 
 
@@ -106,11 +108,8 @@ def places_of(test: ModelTest, environment: Environment, model: ModelConfig, hom
 
 def check_context(test: ModelTest, model: ModelConfig) -> None:
     """Raises EightfoldError where a case does not fit the model's context, or the one that was asked for."""
-    context = min(test.context or model.max_position_embeddings, model.max_position_embeddings)
-    if test.context is not None and test.context > model.max_position_embeddings:
-        raise EightfoldError(
-            f"max_position_embeddings is {test.context}; the model has {model.max_position_embeddings} at most"
-        )
+    check_limit(test.context, model)
+    context = test.context or model.max_position_embeddings
     for case in test.cases:
         if sum(case) > context and not test.texts:
             raise EightfoldError(

@@ -5,7 +5,7 @@ run.sh {fa|basic|pa_fp16|pa_bf16} TEST …, where TEST is one of
   performance         CASES BATCH [prefill_bs] [prefill_length N] [dataset NAME [padding] [batches]] MODEL …
   performance_maxbs   CASES [[lo,hi],…] TIME_LIMIT_MS MODEL …
   performance_single  CASES TEXTS BATCH MODEL …          (and precision_single)
-  full_DATASET        [shot] BATCH MODEL …
+  full_DATASET        [shot] BATCH MODEL …               (of NeedleBench [4k|8k|…] BATCH)
 
 and … is [chat|base] [lora FILE] WEIGHTS [trust_remote_code] CHIPS [parallel_list] [max_position_embeddings], with
 RANK_TABLE WORLD_SIZE NODES RANK_START MASTER_ADDR in the place of CHIPS on several machines.
@@ -144,14 +144,21 @@ def _dataset_test(made: ModelTest, test: str, left: _Words) -> ModelTest:
                 f"full_{dataset} takes two numbers, shots and batch; the batch is missing after {shots}"
             )
     if dataset == "NeedleBench":
-        length = left.take("the length of the documents, such as 4k")
-        if length.lower() not in NEEDLE_LENGTHS:
-            raise EightfoldError(
-                f"full_NeedleBench: the length is {length!r}; it must be one of {', '.join(NEEDLE_LENGTHS)}"
-            )
-        length = length.lower()
+        length = _needle_length(left)
     batches = parse_batches(left.take("the batch"), 1, "BATCH")
     return replace(made, dataset=dataset, shots=shots, needle_length=length, batches=(tuple(batches[0]),))
+
+
+def _needle_length(left: _Words) -> str | None:
+    """The length of the documents, which may stand before the batch; None, all lengths, where only the batch does."""
+    word = left.peek()
+    if word.startswith("[") or word.replace(",", "").isdigit():
+        return None
+    if word.lower() not in NEEDLE_LENGTHS:
+        raise EightfoldError(
+            f"full_NeedleBench: the length is {word!r}; it must be one of {', '.join(NEEDLE_LENGTHS)}, or left out"
+        )
+    return left.take("the length of the documents").lower()
 
 
 def _lengths_test(made: ModelTest, left: _Words) -> ModelTest:

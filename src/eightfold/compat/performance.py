@@ -100,7 +100,10 @@ class Tests:
 
     def warm_up(self) -> None:
         log("warm-up begins")
-        self._run([self._ids(min(WARM_UP, self._llm.engine.max_model_len - 1))], 1)
+        try:
+            self._run([self._ids(min(WARM_UP, self._llm.engine.max_model_len - 1))], 1)
+        except CaseError as error:
+            raise CaseError(f"the warm-up failed, so no case ran: {error}") from None
         log("warm-up ends")
 
     def fixed(self, prompts: Sequence[list[int]] | None) -> None:
@@ -123,18 +126,20 @@ class Tests:
         else:
             ids = [tokenizer.encode(text) for text in test.texts]
         timing = test.test == "performance_single"
-        for case, batches in zip(test.cases, test.batches, strict=True):
-            for batch in batches:
-                if len(ids) > batch:
-                    note(f"{len(ids)} texts run together, although the batch is {batch}")
-                asked = replicated(ids, batch)
+        pairs = list(zip(test.cases, test.batches, strict=True))
+        for batch in dict.fromkeys(size for _, batches in pairs for size in batches):
+            if len(ids) > batch:
+                note(f"{len(ids)} texts run together, although the batch is {batch}")
+            asked = replicated(ids, batch)
+            rows = []
+            for case in (case for case, batches in pairs if batch in batches):
                 timed = self._run(asked, case.output_len, ignore_eos=timing, text=True)
                 answers = [(output.outputs[0].text, len(output.outputs[0].token_ids)) for output in timed.outputs]
                 print_answers(test.texts, answers)
                 if timing:
-                    case = Case(len(asked[0]), case.output_len)
-                    name = f"performance_single_pa_batch{batch}_tp{self._world}_result.csv"
-                    self._write(name, [self._row(case, [timed])])
+                    rows.append(self._row(Case(len(asked[0]), case.output_len), [timed]))
+            if rows:
+                self._write(f"performance_single_pa_batch{batch}_tp{self._world}_result.csv", rows)
 
     def search(self) -> None:
         """For each case, the largest batch whose decoding takes no longer a token than the limit, by halving."""

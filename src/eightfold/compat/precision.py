@@ -17,7 +17,7 @@ from eightfold.compat.tables import write_csv
 from eightfold.config import EngineConfig, load_model_config
 from eightfold.eval.ask import Prompting
 from eightfold.eval.data import find_data
-from eightfold.eval.evaluate import data_fingerprint, evaluate
+from eightfold.eval.evaluate import NAMED_FAILURES, data_fingerprint, evaluate
 from eightfold.eval.records import Records
 from eightfold.eval.results import DEBUG_COLUMNS, RESULT_COLUMNS, debug_cells, result_cells, summarize, table
 from eightfold.eval.settings import run_settings
@@ -44,7 +44,7 @@ def run_precision(test: ModelTest, environment: Environment, places: Places) -> 
         failures: list[str] = []
         with LLM(**options, max_num_seqs=batch) as llm:
             done = _evaluate(llm, task, items, test, records, failures)
-        for failure in failures:
+        for failure in failures[:NAMED_FAILURES]:
             complain(failure, 1)
         if done:
             _write(name, task, done, test, places)

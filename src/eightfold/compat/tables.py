@@ -8,6 +8,7 @@ from pathlib import Path
 from eightfold.compat.timed import Timed
 from eightfold.data_files import csv_text, write_text
 from eightfold.eval.results import check_writable
+from eightfold.types import EightfoldError
 
 BENCHMARK_COLUMNS = (
     *("batch_size", "input_seq_len", "output_seq_len", "e2e_time(ms)", "prefill_time(ms)", "decoder_token_time(ms)"),
@@ -74,3 +75,10 @@ def make_folder_of(path: Path) -> Path:
     """The path, whose folder is there now. Raises EightfoldError where it can't be made, or written into."""
     check_writable(path.parent)
     return path
+
+
+def check_target(path: Path) -> None:
+    """Raises EightfoldError if a file can't be written there, before the work of which it is to tell."""
+    if path.is_dir():
+        raise EightfoldError(f"cannot write {path}: it is a folder")
+    check_writable(path.parent)

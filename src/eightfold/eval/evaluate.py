@@ -12,6 +12,8 @@ from eightfold.eval.records import Records
 from eightfold.eval.task import Answer, Item, Query, Record, Task
 from eightfold.types import Progress
 
+NAMED_FAILURES = 5  # broken weights fail every item, and one reason is enough
+
 
 def data_fingerprint(items: Iterable[Item]) -> str:
     """A number that changes whenever an item does."""
