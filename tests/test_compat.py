@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from eightfold.compat import performance
 from eightfold.compat.console import CaseError
 from eightfold.compat.main import main
+from eightfold.compat.modeltest import Places
+from eightfold.compat.modeltest_grammar import parse
 from eightfold.compat.tables import BENCHMARK_COLUMNS, PERFORMANCE_COLUMNS, performance_cells, with_averages
 from eightfold.compat.timed import Timed, run_timed
 from eightfold.eval.evaluate import NAMED_FAILURES
@@ -266,6 +269,16 @@ def test_single_texts_and_prompts_of_data_sets(call: Any, models: dict[str, str]
     assert (row["Batchsize"], row["In_seq"], row["Out_seq"]) == ("5", "16", "4")
 
 
+def test_prompts_of_data_sets_are_messages_to_a_chat_model(tmp_path: Path) -> None:
+    test = parse("pa_fp16 performance [[9,2]] 1 dataset boolq mixtral chat W 1".split())
+    places = Places(*[tmp_path] * 5)
+    with LLM("demo") as llm:
+        tokenizer = llm.get_tokenizer()
+        message = [{"role": "user", "content": "a"}]
+        assert performance.Tests(test, llm, 9, places).encode(["a"]) == [tokenizer.encode_chat(message)]
+        assert performance.Tests(replace(test, chat=False), llm, 9, places).encode(["a"]) == [tokenizer.encode("a")]
+
+
 def test_steps_are_told_apart() -> None:
     with LLM("demo", max_num_batched_tokens=16, max_num_seqs=2, max_model_len=128, enable_prefix_caching=False) as llm:
         params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY)
@@ -370,7 +383,7 @@ def test_a_case_that_fails_in_the_middle(call: Any, demo: Path, home: Path, tmp_
     ended = call("run.sh", str(home), "pa_fp16", "performance", "[[9,5]]", "1", "mixtral", str(broken), "1")
     assert ended.status == 1 and not ended.out and "the warm-up failed, so no case ran" in ended.err
     ended = call("run.sh", str(home), "pa_fp16", "full_BoolQ", "4", "mixtral", str(broken), "1")
-    assert ended.status == 1 and f"{ITEMS} of {ITEMS} items of BoolQ failed" in ended.err
+    assert ended.status == 1 and f"{ITEMS} of {ITEMS} items of BoolQ failed, so there are no results" in ended.err
     assert ended.err.count("not finite numbers") == NAMED_FAILURES
     assert call("run_pa.sh", str(broken)).status == 1
     assert not list((home / "outputs").rglob("*_result.csv"))

@@ -14,6 +14,7 @@ from eightfold.compat import convert
 from eightfold.compat.dialogue_grammar import Dialogue, parse_python, parse_script
 from eightfold.compat.environment import Environment, read_environment
 from eightfold.compat.layout import Layout
+from eightfold.compat.modeltest import unused_switches
 from eightfold.compat.modeltest_grammar import ModelTest, parse
 from eightfold.types import EightfoldError
 
@@ -381,6 +382,21 @@ def test_every_switch_of_the_seed_is_read_or_named() -> None:
     switches += "ATB_CONVERT_NCHW_TO_ND ATB_WORKSPACE_MEM_ALLOC_GLOBAL ATB_CONTEXT_WORKSPACE_SIZE "
     switches += "ATB_LLM_ENABLE_AUTO_TRANSPOSE"
     assert read_environment(dict.fromkeys(switches.split(), "1")).ineffective == tuple(sorted(switches.split()))
+
+
+def test_switches_that_a_test_does_not_use_are_named() -> None:
+    def notes(line: str, **environ: str) -> str:
+        return " | ".join(unused_switches(parse(line.split()), read_environment(environ)))
+
+    full, lengths = "pa_fp16 full_BoolQ 1 mixtral W 8", "pa_fp16 performance [[9,9]] 1 2 mixtral W 8"
+    benchmark, split = {"ATB_LLM_BENCHMARK_ENABLE": "1"}, {"MODELTEST_PD_SPLIT_ENABLE": "1"}
+    assert not notes(full) and not notes(lengths, **benchmark, ASCEND_RT_VISIBLE_DEVICES="0,1,2,3,4,5,6,7")
+    assert "ATB_LLM_BENCHMARK_ENABLE has no effect on full tests" in notes(full, **benchmark)
+    assert "MODELTEST_PD_SPLIT_ENABLE has no effect on full tests" in notes(full, **split)
+    assert "the prefill batch has no effect" in notes(lengths, **split)
+    assert "lists 2 devices, and 8 ranks are to run here: the number" in notes(full, ASCEND_RT_VISIBLE_DEVICES="0,1")
+    with pytest.raises(EightfoldError, match="lists 2 devices, and 8 ranks are to run here: ask for as many chips"):
+        notes(full, ASCEND_RT_VISIBLE_DEVICES="0,1", EIGHTFOLD_DEVICE="npu")
 
 
 @pytest.mark.parametrize(

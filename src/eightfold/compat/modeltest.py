@@ -56,8 +56,29 @@ def main(argv: Sequence[str]) -> int:
     for text in test.notes:
         note(text)
     say_ineffective(environment)
+    for text in unused_switches(test, environment):
+        note(text)
     run(test, environment, environment.modeltest_home or Path(argv[1]))
     return 0
+
+
+def unused_switches(test: ModelTest, environment: Environment) -> list[str]:
+    """Notes on what the environment asks for and this test does not do. Raises EightfoldError on too few devices."""
+    notes = []
+    timed = test.test.startswith("performance")
+    if environment.benchmark_file is not None and not timed:
+        notes.append(f"ATB_LLM_BENCHMARK_ENABLE has no effect on {test.test} tests: their times are not kept")
+    if environment.split_prefill and test.test != "performance":
+        notes.append(f"MODELTEST_PD_SPLIT_ENABLE has no effect on {test.test} tests")
+    if environment.split_prefill and test.prefill_batch is not None:
+        notes.append("the prefill batch has no effect with MODELTEST_PD_SPLIT_ENABLE=1: prefill_length counts")
+    here = test.layout.world // test.layout.nodes
+    if environment.devices is not None and environment.devices != here:
+        listed = f"{environment.devices_variable} lists {environment.devices} devices, and {here} ranks are to run here"
+        if environment.hardware != "CPU" and environment.devices < here:
+            raise EightfoldError(f"{listed}: ask for as many chips as there are devices")
+        notes.append(f"{listed}: the number of chips counts")
+    return notes
 
 
 def run(test: ModelTest, environment: Environment, home: Path) -> None:

@@ -47,7 +47,7 @@ def run_lengths(test: ModelTest, environment: Environment, model: ModelConfig, p
         elif test.texts:
             bench.single()
         else:
-            bench.fixed(None if prompts is None else [llm.get_tokenizer().encode(text) for text in prompts])
+            bench.fixed(None if prompts is None else bench.encode(prompts))
 
 
 def _engine(test: ModelTest, environment: Environment, model: ModelConfig) -> dict[str, Any]:
@@ -98,6 +98,13 @@ class Tests:
         self._numbers = count()
         self._world = test.layout.world
 
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of prompts, as a user's messages where the test is of a chat model."""
+        tokenizer = self._llm.get_tokenizer()
+        if self._test.chat:
+            return [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in texts]
+        return [tokenizer.encode(text) for text in texts]
+
     def warm_up(self) -> None:
         log("warm-up begins")
         try:
@@ -120,11 +127,7 @@ class Tests:
 
     def single(self) -> None:
         """The given texts; more of them than the batch run together all the same."""
-        test, tokenizer = self._test, self._llm.get_tokenizer()
-        if test.chat:
-            ids = [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in test.texts]
-        else:
-            ids = [tokenizer.encode(text) for text in test.texts]
+        test, ids = self._test, self.encode(self._test.texts)
         timing = test.test == "performance_single"
         pairs = list(zip(test.cases, test.batches, strict=True))
         for batch in dict.fromkeys(size for _, batches in pairs for size in batches):

@@ -50,7 +50,8 @@ def run_precision(test: ModelTest, environment: Environment, places: Places) -> 
             _write(name, task, done, test, places)
         if failures:
             raise CaseError(
-                f"{len(failures)} of {len(items)} items of {test.dataset} failed; the others are in the results"
+                f"{len(failures)} of {len(items)} items of {test.dataset} failed"
+                + ("; the others are in the results" if done else ", so there are no results")
             )
         records.path.unlink(missing_ok=True)  # an interrupted run goes on from it; this one is complete
 
