@@ -394,8 +394,8 @@ def test_switches_that_a_test_does_not_use_are_named() -> None:
     assert "ATB_LLM_BENCHMARK_ENABLE has no effect on full tests" in notes(full, **benchmark)
     assert "MODELTEST_PD_SPLIT_ENABLE has no effect on full tests" in notes(full, **split)
     assert "the prefill batch has no effect" in notes(lengths, **split)
-    assert "lists 2 devices, and 8 ranks are to run here: the number" in notes(full, ASCEND_RT_VISIBLE_DEVICES="0,1")
-    with pytest.raises(EightfoldError, match="lists 2 devices, and 8 ranks are to run here: ask for as many chips"):
+    assert "lists 2 devices, and CHIPS makes 8 here: CHIPS counts" in notes(full, ASCEND_RT_VISIBLE_DEVICES="0,1")
+    with pytest.raises(EightfoldError, match="lists 2 devices, and CHIPS makes 8 here: ask for as many as are listed"):
         notes(full, ASCEND_RT_VISIBLE_DEVICES="0,1", EIGHTFOLD_DEVICE="npu")
 
 

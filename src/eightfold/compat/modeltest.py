@@ -74,10 +74,10 @@ def unused_switches(test: ModelTest, environment: Environment) -> list[str]:
         notes.append("the prefill batch has no effect with MODELTEST_PD_SPLIT_ENABLE=1: prefill_length counts")
     here = test.layout.world // test.layout.nodes
     if environment.devices is not None and environment.devices != here:
-        listed = f"{environment.devices_variable} lists {environment.devices} devices, and {here} ranks are to run here"
+        listed = f"{environment.devices_variable} lists {environment.devices} devices, and CHIPS makes {here} here"
         if environment.hardware != "CPU" and environment.devices < here:
-            raise EightfoldError(f"{listed}: ask for as many chips as there are devices")
-        notes.append(f"{listed}: the number of chips counts")
+            raise EightfoldError(f"{listed}: ask for as many as are listed")
+        notes.append(f"{listed}: CHIPS counts")
     return notes
 
 
