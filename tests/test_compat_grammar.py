@@ -194,7 +194,7 @@ def test_refusals_of_the_quantizer(words: list[str], message: str) -> None:
 
 def meaning(test: ModelTest) -> dict[str, Any]:
     """What differs from a test of nothing."""
-    plain = ModelTest("pa", "fp16", "", "W", Layout(8))
+    plain = ModelTest("fp16", "", "W", Layout(8))
     return {
         name: getattr(test, name) for name in test.__dataclass_fields__ if getattr(test, name) != getattr(plain, name)
     }
@@ -345,6 +345,7 @@ def test_notes_say_what_has_no_effect() -> None:
         ("pa_fp16 full_BoolQ 1 mixtral W eight", "neither a number of chips nor a rank table"),
         ("pa_fp16 full_BoolQ 1 mixtral W 8 [2,4,-1,-1,-1,-1]", "dp is 2, and only 1"),
         ("pa_fp16 full_BoolQ 1 mixtral W 8 [1,8]", "the parallel list is '[1,8]'"),
+        ("pa_fp16 full_BoolQ 1 mixtral W 8 [1,1,1,1,1,²]", "the parallel list is '[1,1,1,1,1,²]'"),
         ("pa_fp16 full_BoolQ 1 mixtral W 8 [1,4,-1,-1,-1,-1]", "tp is 4, but there are 8 ranks (CHIPS)"),
         ("pa_fp16 full_BoolQ 1 mixtral W 8 many", "max_position_embeddings is 'many'"),
         ("pa_fp16 full_BoolQ 1 mixtral W 8 4096 9", "'9' is one word too many"),

@@ -20,6 +20,7 @@ from eightfold.eval.longbench import LongBench
 from eightfold.eval.records import Records
 from eightfold.eval.results import DEBUG_COLUMNS
 from eightfold.eval.task import Answer, Compare, Generate, Item, Likelihood, LoadOptions
+from eightfold.types import EightfoldError
 
 USERS_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # beside a checkout, where there is one
 ROW = {"title": "T", "question": "is it so", "passage": "It is so.", "answer": True}
@@ -186,6 +187,13 @@ def test_a_folder_that_can_not_be_written(run: Any, tmp_path: Path, monkeypatch:
     data = write(tmp_path / "rows.jsonl", [ROW])
     status, _, err = run("--task", "boolq", "--data", str(data))
     assert status == 2 and "out: no permission" in err
+
+
+def test_items_of_one_key_are_refused(llm: LLM, tmp_path: Path) -> None:
+    task = BoolQ()
+    (item,) = task.load(write(tmp_path / "rows.jsonl", [ROW]), LoadOptions())
+    with pytest.raises(EightfoldError, match=r"boolq: rows\.jsonl:1 stands in the data twice"):
+        evaluate(llm.engine, task, [item, item], Prompting(3072), Records(tmp_path / "records.jsonl", {}))
 
 
 def test_a_failed_request_leaves_no_record(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,7 +193,9 @@ def test_humaneval(tmp_path: Path) -> None:
     task = HumanEval()
     with pytest.raises(EightfoldError, match="--allow-code-execution"):
         task.load(tmp_path, LoadOptions())
-    (item,) = task.load(tmp_path, LoadOptions(allow_code_execution=True))
+    write(tmp_path / "second.jsonl", lines(row))  # the same problem again, as in another version of the data set
+    item, second = task.load(tmp_path, LoadOptions(allow_code_execution=True))
+    assert (item.key, second.key) == ("human-eval.jsonl:HumanEval/0", "second.jsonl:HumanEval/0")
     assert task.queries(item)[0].prompt == row["prompt"].strip()
     right = "\n    y = x\n\n    return y + x\n\ndef other():\n    raise SystemExit\nother()"
     assert completion(right) == "\n    y = x\n\n    return y + x\n"

@@ -57,7 +57,6 @@ ALL = "INF"
 class ModelTest:
     """A test. `batches` are those of each case, or of the data set; lengths are in tokens, `time_limit` in ms."""
 
-    kind: str  # "fa", "basic" or "pa"
     data_type: str
     test: str  # "full", or one of LENGTH_TESTS
     weights: str
@@ -119,7 +118,7 @@ def parse(words: Sequence[str]) -> ModelTest:
     notes = [f"{kind}: attention and its memory are those of pa_fp16 here"] * (kind in ("fa", "basic"))
     notes += [f"{TRUST} has no effect: no code from a checkpoint is ever executed here"] * bool(trusts)
     test = left.take("the test, such as performance or full_BoolQ")
-    begun = ModelTest(kind.split("_")[0], DATA_TYPES[kind], "", "", Layout(), notes=tuple(notes))
+    begun = ModelTest(DATA_TYPES[kind], "", "", Layout(), notes=tuple(notes))
     if test in LENGTH_TESTS:
         made = _lengths_test(replace(begun, test=test), left)
     else:
@@ -258,7 +257,7 @@ def _degrees(left: _Words) -> dict[str, int]:
     names: tuple[str, ...] = ("dp", "tp", "moe_tp", "moe_ep", "pp", "microbatch_size")
     if len(words) == 8:
         names = ("dp", "tp", "sp", "moe_tp", "moe_ep", "pp", "microbatch_size", "cp")
-    good = text.endswith("]") and all(word.strip().removeprefix("-").isdigit() for word in words)
+    good = text.endswith("]") and all(word.strip().removeprefix("-").isdecimal() for word in words)
     if not good or len(words) != len(names):
         raise EightfoldError(
             f"the parallel list is {text!r}; it must be [dp,tp,moe_tp,moe_ep,pp,microbatch_size] or "

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from eightfold.eval.ask import Engines, Prompting, ask
 from eightfold.eval.records import Records
 from eightfold.eval.task import Answer, Item, Query, Record, Task
-from eightfold.types import Progress
+from eightfold.types import EightfoldError, Progress
 
 NAMED_FAILURES = 5  # broken weights fail every item, and one reason is enough
 
@@ -55,8 +55,11 @@ def evaluate(
     """Ask and score the items that `records` lacks → the records of all of `items` that could be answered, in order.
 
     `progress` hears (finished, in all); `failed` hears of each item whose request failed in the middle, which leaves no
-    record. Raises EightfoldError if an item can't be asked at all.
+    record. Raises EightfoldError if an item can't be asked at all, or has another one's key.
     """
+    twice = next((key for key, number in Counter(item.key for item in items).items() if number > 1), None)
+    if twice is not None:
+        raise EightfoldError(f"{task.name}: {twice} stands in the data twice")
     todo = neighbours([item for item in items if item.key not in records.done], task.beginning)
     finished = len(items) - len(todo)
     if progress:

@@ -38,7 +38,7 @@ class HumanEval(Task):
         kinds = {"task_id": str, "prompt": str, "entry_point": str, "test": str}
         paths = {path.name: path for path in files_in(folder, "*.jsonl")}
         return [
-            Item(row["task_id"], subject, "passed", row)
+            Item(f"{subject}:{row['task_id']}", subject, "passed", row)
             for subject in choose_subjects(list(paths), options.subjects)
             for _, row in read_jsonl(paths[subject], kinds)
         ]
