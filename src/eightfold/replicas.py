@@ -52,14 +52,15 @@ class Replicas:
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
-        for number in range(count):
-            mine, other = context.Pipe()
-            process = context.Process(target=_replica, args=(other, config, number, count, os.getpid()), daemon=True)
-            process.start()
-            other.close()
-            self._pipes.append(mine)
-            self._processes.append(process)
         try:
+            for number in range(count):
+                mine, other = context.Pipe()
+                self._pipes.append(mine)
+                given = other, config, number, count, os.getpid()
+                process = context.Process(target=_replica, args=given, daemon=True)
+                process.start()
+                self._processes.append(process)
+                other.close()
             self.max_model_len = self._until_ready(progress)
         except BaseException:
             self.close()
