@@ -3,6 +3,7 @@ the reference itself against formulas written out here."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import threading
@@ -481,6 +482,31 @@ def test_packed_products_have_the_same_bits(isa: str, stored: torch.dtype) -> No
         for tokens in (23, 24, 25, 29, 150):
             order = torch.randperm(150)[:tokens]
             assert torch.equal(two.linear(x[order], linear), want[order]), (rows, width, tokens)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_decoding_does_not_depend_on_which_heads_go_together(isa: str, kv_dtype: torch.dtype) -> None:
+    """An item has all KV heads, a third of them, or one, and all of the context or a segment: the same bits."""
+    heads, kv_heads, dim, size = 12, 6, 40, 32
+    lengths = (2100, 70, 1024, 3)
+    batch, count = batch_of([(1, length) for length in lengths], size)
+    pages = Ops().new_pages(count, size, kv_heads, dim, kv_dtype)
+    fill_randomly(pages)
+    q = torch.randn(len(lengths), heads, dim)
+    want = CpuOps(torch.bfloat16, threads=1, isa=isa).attention(q, batch, pages)
+    for threads in (2, 3, 5):
+        ops = CpuOps(torch.bfloat16, threads=threads, isa=isa)
+        assert torch.equal(ops.attention(q, batch, pages), want)
+        for row in range(len(lengths)):
+            alone = dataclasses.replace(
+                batch,
+                positions=batch.positions[row : row + 1],
+                slots=batch.slots[row : row + 1],
+                query_starts=batch.query_starts[:2],
+                kv_lens=batch.kv_lens[row : row + 1],
+                page_table=batch.page_table[row : row + 1],
+            )
+            assert torch.equal(ops.attention(q[row : row + 1], alone, pages)[0], want[row])
 
 
 @pytest.mark.parametrize("window", [None, 150])
