@@ -214,6 +214,17 @@ def test_linear_w8a8_is_exactly_the_reference(isa: str, dtype: torch.dtype) -> N
             assert torch.equal(ops.linear(x, handle), reference.linear(x, weights)), (rows, columns, tokens)
 
 
+def test_few_tokens_by_long_int8_rows_are_exactly_the_reference(isa: str) -> None:
+    """Rows that a few tokens pass in panels: odd numbers of them, rows in one part and in several, short last parts."""
+    ops, reference = CpuOps(threads=2, isa=isa), Ops()
+    for rows, columns in ((109, 2048), (25, 2176), (14, 5760), (27, 14336)):
+        weights = [matrix(rows, columns, "w8a8"), matrix(1, columns, "w8a8")]
+        handle = ops.prepare_linear(weights)
+        for tokens in range(1, 14):
+            x = torch.randn(tokens, columns)
+            assert torch.equal(ops.linear(x, handle), reference.linear(x, weights)), (rows, columns, tokens)
+
+
 def test_w8a8_sums_do_not_saturate_or_overflow(isa: str) -> None:
     ops = CpuOps(threads=1, isa=isa)
     weight = torch.full((3, 70001), 127, dtype=torch.int8)

@@ -1,5 +1,6 @@
 #include "kernels/gemm.h"
 
+#include "kernels/few.h"
 #include "kernels/outer.h"
 
 namespace eightfold::EIGHTFOLD_ISA {
@@ -144,6 +145,10 @@ float scale_of(float absmax) {
   return absmax < kSmallestAbsmax ? 0.f : absmax / 127.f;
 }
 
+int64_t multiply_scratch(int64_t length) {
+  return kScratchSums * static_cast<int64_t>(sizeof(float)) + few_bytes(length);
+}
+
 void scale_row(const int32_t* from, float by, const float* scale, int64_t count, float* to) {
   const int64_t whole = count / VL * VL;
   scaled(from, 0, by, scale, whole, to);
@@ -157,9 +162,9 @@ void multiply_integers(const Matrix& w, const Prepared& x, int64_t x_first, int6
                        int32_t* out, int64_t out_stride, void* scratch, Upcoming after) {
   int32_t* c = static_cast<int32_t*>(scratch);
   const int64_t x_stride = x.stride / static_cast<int64_t>(sizeof(quantized));
-  product<DotInt8>(reinterpret_cast<const quantized*>(x.data) + x_first * x_stride, x_stride, rows,
-                   static_cast<const int8_t*>(w.data) + first * w.stride, w.stride, count, w.cols, c, kMostColumns,
-                   after);
+  product_int8(reinterpret_cast<const quantized*>(x.data) + x_first * x_stride, x_stride, rows,
+               static_cast<const int8_t*>(w.data) + first * w.stride, w.stride, count, w.cols, c, kMostColumns, after,
+               c + kScratchSums);
   for (int64_t m = 0; m < rows; m++) {
     const uint32_t offset = static_cast<uint32_t>(x.sum[x_first + m]);
     for (int64_t n = 0; n < count; n++)
@@ -174,9 +179,9 @@ void multiply(const Matrix& w, [[maybe_unused]] Input input, const Prepared& x, 
   if (w.dtype == Dtype::i8 && !w.float_input) {
     int32_t* c = static_cast<int32_t*>(scratch);
     const int64_t x_stride = x.stride / static_cast<int64_t>(sizeof(quantized));
-    product<DotInt8>(reinterpret_cast<const quantized*>(x.data) + x_first * x_stride, x_stride, rows,
-                     static_cast<const int8_t*>(w.data) + first * w.stride, w.stride, count, w.cols, c, kMostColumns,
-                     after);
+    product_int8(reinterpret_cast<const quantized*>(x.data) + x_first * x_stride, x_stride, rows,
+                 static_cast<const int8_t*>(w.data) + first * w.stride, w.stride, count, w.cols, c, kMostColumns, after,
+                 c + kScratchSums);
     for (int64_t m = 0; m < rows; m++)
       scaled(c + m * kMostColumns, x.sum[x_first + m], x.scale[x_first + m], w.scale + first, count,
              out + m * out_stride);

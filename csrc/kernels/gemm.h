@@ -18,6 +18,7 @@ constexpr int64_t kStreamBytes = 28672;  // more of them do not stay in the firs
 constexpr int64_t kStreamAhead = 8192;   // bytes of the weights that follow, kept on their way meanwhile
 constexpr int64_t kMostRows = 144;       // tokens that go through a block of weights together
 constexpr int64_t kMostColumns = 96;     // weights of an item of work: whole tiles, whole vectors
+constexpr int64_t kScratchSums = kMostRows * kMostColumns;
 
 // A kind of product: how activations X and weights W are loaded, multiplied and summed. `Wide` is the kind that int8
 // weights of float activations are widened to, a panel at a time, where many tokens share them; else the kind itself.
@@ -343,9 +344,11 @@ void product(const typename D::X* x, int64_t x_stride, int64_t rows, const typen
 }
 
 // Writes rows [first, first + count) of `w` times `rows` prepared tokens as floats: out [rows, count] at stride
-// `out_stride`. Needs `kMostRows · kMostColumns` sums of scratch. `after`: the weights of the next call, if known.
+// `out_stride`. Needs `multiply_scratch(w.cols)` bytes of scratch. `after`: the weights of the next call, if known.
 void multiply(const Matrix& w, Input input, const Prepared& x, int64_t x_first, int64_t rows, int64_t first,
               int64_t count, float* out, int64_t out_stride, void* scratch, Upcoming after);
+
+int64_t multiply_scratch(int64_t length);
 
 // The same of an int8 matrix as integers, before any scale: what ranks add up that share the columns.
 void multiply_integers(const Matrix& w, const Prepared& x, int64_t x_first, int64_t rows, int64_t first, int64_t count,

@@ -11,8 +11,6 @@ struct Blocks {
   int64_t rows, count;
 };
 
-constexpr int64_t kScratchSums = kMostRows * kMostColumns;
-
 int64_t chunks_of(int64_t rows) { return (rows + kMostColumns - 1) / kMostColumns; }
 
 // Quantizing some rows is one item; rows are long, items small.
@@ -79,6 +77,12 @@ void down_chunk(const Moe& a, const MoeSegment& segment, int64_t chunk, int64_t 
                scratch, next);
     }
   }
+}
+
+// Gates, ups, and what a product needs.
+size_t moe_scratch(const Moe& a) {
+  return static_cast<size_t>(2 * kScratchSums * static_cast<int64_t>(sizeof(float)) +
+                             multiply_scratch(larger(a.width, a.inner)));
 }
 
 // The segments [begin, end) of a group and the slots in them.
@@ -186,7 +190,7 @@ void scale_group(const MoeStep& step, const Group& group, Worker& worker) {
 
 void linear(const Linear& a, Worker& worker) {
   prepare_rows(worker, a.x, a.x_stride, nullptr, a.weights[0].cols, 0, a.tokens, a.prepared);
-  char* scratch = worker.scratch(kScratchSums * sizeof(float));
+  char* scratch = worker.scratch(static_cast<size_t>(multiply_scratch(a.weights[0].cols)));
   int64_t items = 0;
   for (int i = 0; i < a.count; i++) items += chunks_of(a.weights[i].rows);
   const Blocks blocks(a.tokens);
@@ -221,7 +225,7 @@ void linear(const Linear& a, Worker& worker) {
 
 void moe(const Moe& a, Worker& worker) {
   prepare_rows(worker, a.x, a.x_stride, a.slot_token, a.width, 0, a.slots, a.prepared);
-  char* scratch = worker.scratch(3 * kScratchSums * sizeof(float));
+  char* scratch = worker.scratch(moe_scratch(a));
   for (int64_t number = 0; number < a.groups; number++) {
     const Group group(a, number);
     up(a, group, worker, scratch);
@@ -232,7 +236,7 @@ void moe(const Moe& a, Worker& worker) {
 
 void moe_step(const MoeStep& step, Worker& worker) {
   const Moe& a = step.moe;
-  char* scratch = worker.scratch(3 * kScratchSums * sizeof(float));
+  char* scratch = worker.scratch(moe_scratch(a));
   switch (step.stage) {
     case MoeStage::prepare:
       return prepare_rows(worker, a.x, a.x_stride, a.slot_token, a.width, 0, a.slots, a.prepared);
