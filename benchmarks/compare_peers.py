@@ -144,7 +144,7 @@ def choose(everyone: Sequence[Contender], only: str | None) -> list[Contender]:
             peers.append(peer)
     if not peers:
         raise EightfoldError("there is no peer to compare with: setup_peers.sh builds them")
-    ours = {peer.ours for peer in peers}
+    ours = {name for peer in peers for name in peer.ours}
     return [one for one in everyone if one in peers or one.name in ours]
 
 
@@ -167,12 +167,13 @@ def ratios(runs: Sequence[Ran]) -> list[dict[str, Any]]:
     rows = []
     for peer in dict.fromkeys(run.contender for run in runs if run.contender.ours):
         rounds = [run.round for run in runs if run.contender == peer]
-        pairs = [(by_round[peer.ours, number].timings, by_round[peer.name, number].timings) for number in rounds]
-        rows += [_row(peer, test, [(ours[test], theirs[test]) for ours, theirs in pairs]) for test in pairs[0][1]]
+        for name in peer.ours:
+            pairs = [(by_round[name, number].timings, by_round[peer.name, number].timings) for number in rounds]
+            rows += [_row(peer, name, test, [(own[test], other[test]) for own, other in pairs]) for test in pairs[0][1]]
     return rows
 
 
-def _row(peer: Contender, test: str, pairs: Sequence[tuple[Timing, Timing]]) -> dict[str, Any]:
+def _row(peer: Contender, ours: str, test: str, pairs: Sequence[tuple[Timing, Timing]]) -> dict[str, Any]:
     """`pairs` are Eightfold's and the peer's timings, round by round."""
     kind, size = test.split()
     own, other = ([median(pair[side].seconds) for pair in pairs] for side in (0, 1))
@@ -180,7 +181,7 @@ def _row(peer: Contender, test: str, pairs: Sequence[tuple[Timing, Timing]]) -> 
     ratio = [b / a for a, b in zip(own, other, strict=True)]
     return {
         "peer": peer.name,
-        "ours": peer.ours,
+        "ours": ours,
         "test": test,
         "ours_tokens_per_second": Spread.of([int(size) / seconds for seconds in own]),
         "peer_tokens_per_second": Spread.of([int(size) / seconds for seconds in other]),
@@ -203,10 +204,11 @@ def _sample_json(run: Ran, prober: Prober) -> dict[str, Any]:
 
 
 def _show(rows: Sequence[Mapping[str, Any]], prober: Prober) -> None:
-    header = ["peer", "test", "Eightfold, tokens/s", "peer, tokens/s", "ratio", "ratio per layer"]
+    header = ["peer", "against", "test", "Eightfold, tokens/s", "peer, tokens/s", "ratio", "ratio per layer"]
     cells = [
         [
             row["peer"],
+            row["ours"],
             row["test"],
             row["ours_tokens_per_second"].text(),
             row["peer_tokens_per_second"].text(),
@@ -228,15 +230,18 @@ def draw(path: str, rows: Sequence[Mapping[str, Any]]) -> None:
         return
     import_module("matplotlib").use("Agg")
     pyplot: Any = import_module("matplotlib.pyplot")
-    tests, peers = (list(dict.fromkeys(row[key] for row in rows)) for key in ("test", "peer"))
+    tests = list(dict.fromkeys(row["test"] for row in rows))
+    pairs = list(dict.fromkeys((row["ours"], row["peer"]) for row in rows))
     figure, axis = pyplot.subplots(figsize=(11, 6))
-    width = 0.8 / len(peers)
-    for number, peer in enumerate(peers):
-        own = [row for row in rows if row["peer"] == peer]
-        x = [tests.index(row["test"]) + (number - (len(peers) - 1) / 2) * width for row in own]
+    width = 0.8 / len(pairs)
+    for number, (ours, peer) in enumerate(pairs):
+        own = [row for row in rows if (row["ours"], row["peer"]) == (ours, peer)]
+        x = [tests.index(row["test"]) + (number - (len(pairs) - 1) / 2) * width for row in own]
         spreads = [row["ratio_per_layer_spread"] for row in own]
         ends = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
-        bars = axis.bar(x, [s.median for s in spreads], width * 0.9, yerr=ends, capsize=3, label=f"against {peer}")
+        bars = axis.bar(
+            x, [s.median for s in spreads], width * 0.9, yerr=ends, capsize=3, label=f"{ours} against {peer}"
+        )
         axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
     axis.axhline(1, color="grey", linewidth=1)
     labels = [test.replace("decode ", "decode, batch ") + " tokens" * test.startswith("prefill") for test in tests]

@@ -47,11 +47,11 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One way to run a model of `layers` layers; `ours` names who of Eightfold it is compared with, "" is Eightfold."""
+    """One way to run a model of `layers` layers; it is compared with `ours` of Eightfold, which has none."""
 
     name: str
     layers: int
-    ours: str = ""
+    ours: tuple[str, ...] = ()
 
     def missing(self) -> Path | None:
         """A file that it needs and that is not there."""
@@ -198,13 +198,15 @@ def all_contenders(peers: Path, work_dir: str, layers: int, float_layers: int) -
     hf, script = peers / "v-hf" / "bin" / "python", "peer_transformers.py"
     found: list[Contender] = [
         Eightfold(w8a8, layers, scheme="w8a8", work_dir=work_dir),
-        Llama("llama.cpp Q8_0", layers, w8a8, tools, models / f"m{layers}-q8_0.gguf"),
-        Llama("llama.cpp Q6_K", layers, w8a8, tools, models / f"m{layers}-q6_k.gguf", ("-ub", "2048", "--repack", "0")),
+        Llama("llama.cpp Q8_0", layers, (w8a8,), tools, models / f"m{layers}-q8_0.gguf"),
+        Llama(
+            "llama.cpp Q6_K", layers, (w8a8,), tools, models / f"m{layers}-q6_k.gguf", ("-ub", "2048", "--repack", "0")
+        ),
         Eightfold(small, float_layers, scheme="w8a8", work_dir=work_dir),
         PythonPeer(
             "OpenVINO int8",
             float_layers,
-            small,
+            (small,),
             peers / "v-ov" / "bin" / "python",
             "peer_openvino.py",
             models / f"ov{float_layers}",
@@ -213,5 +215,5 @@ def all_contenders(peers: Path, work_dir: str, layers: int, float_layers: int) -
     ]
     for experts in ("eager", "grouped_mm"):
         name = f"transformers bf16 {experts}"
-        found.append(PythonPeer(name, float_layers, dense, hf, script, folder, ("--experts", experts)))
+        found.append(PythonPeer(name, float_layers, (dense, small), hf, script, folder, ("--experts", experts)))
     return found
