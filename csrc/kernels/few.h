@@ -27,24 +27,6 @@ inline void set_side_by_side(const quantized* x, int64_t x_stride, int64_t rows,
     for (int64_t m = 0; m < rows; m++, to += kDot8) std::memcpy(to, x + m * x_stride + k, kDot8);
 }
 
-// The lane sums of M tokens × 1 or 2 rows, stored or added to what is there.
-template <int M, int N>
-EF_INLINE void store_few(vi (&acc)[M][N], bool add_to, int32_t* c, int64_t ldc) {
-  if constexpr (N == 2) {
-    EF_UNROLL
-    for (int m = 0; m < M; m += 2) {
-      constexpr int last = M - 1;
-      const int next = m < last ? m + 1 : m;
-      const vi four[4] = {acc[m][0], acc[m][1], acc[next][0], acc[next][1]};
-      const auto s = sums_of(four);
-      store_low_sums(c + m * ldc, s, add_to);
-      if (next != m) store_low_sums(c + next * ldc, high_half(s), add_to);
-    }
-  } else {
-    store_tile<M, N>(acc, add_to, c, ldc);
-  }
-}
-
 // M tokens × N weight rows over `length` elements of K. At `near` lie the rows that come next, at `far` what is wanted
 // later: N · `length` bytes one after the other. Not inlined: GCC would keep the sums in memory.
 template <int M, int N, bool kSideBySide>
@@ -82,7 +64,11 @@ __attribute__((noinline)) void few_rows(const quantized* x, int64_t stride, cons
       x += x_step, w += kDot8, near += kDot8, far += N * kDot8;
     }
   }
-  store_few<M, N>(acc, add_to, c, ldc);
+  if constexpr (N == 2) {
+    store_last_two(acc, add_to, c, ldc);
+  } else {
+    store_tile<M, N>(acc, add_to, c, ldc);
+  }
 }
 
 // Panels of rows, by parts of K: one panel is computed while the next one comes.

@@ -101,6 +101,22 @@ EF_INLINE int32_t plus(int32_t a, int32_t b) {  // sums with 128 added to the we
   return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
 }
 
+#if EIGHTFOLD_LEVEL >= 2
+// The last two columns of a tile: four sums at a time, those of two tokens.
+template <int M, int N, class V, class T>
+EF_INLINE void store_last_two(V (&acc)[M][N], bool add_to, T* c, int64_t ldc) {
+  EF_UNROLL
+  for (int m = 0; m < M; m += 2) {
+    constexpr int last = M - 1;
+    const int next = m < last ? m + 1 : m;
+    const V pair[4] = {acc[m][N - 2], acc[m][N - 1], acc[next][N - 2], acc[next][N - 1]};
+    const auto s = sums_of(pair);
+    store_low_sums(c + m * ldc + N - 2, s, add_to);
+    if (next != m) store_low_sums(c + next * ldc + N - 2, high_half(s), add_to);
+  }
+}
+#endif
+
 // The lane sums of a tile, stored or added to what is there.
 template <int M, int N, class V, class T>
 EF_INLINE void store_tile(V (&acc)[M][N], bool add_to, T* c, int64_t ldc) {
@@ -108,15 +124,7 @@ EF_INLINE void store_tile(V (&acc)[M][N], bool add_to, T* c, int64_t ldc) {
   if constexpr (N == 6) {
     EF_UNROLL
     for (int m = 0; m < M; m++) store_sums(c + m * ldc, sums_of(acc[m]), add_to);
-    EF_UNROLL
-    for (int m = 0; m < M; m += 2) {
-      constexpr int last = M - 1;
-      const int next = m < last ? m + 1 : m;
-      const V pair[4] = {acc[m][4], acc[m][5], acc[next][4], acc[next][5]};
-      const auto s = sums_of(pair);
-      store_low_sums(c + m * ldc + 4, s, add_to);
-      if (next != m) store_low_sums(c + next * ldc + 4, high_half(s), add_to);
-    }
+    store_last_two(acc, add_to, c, ldc);
     return;
   }
 #endif

@@ -87,11 +87,8 @@ def _over_subjects(name: str, groups: Sequence[Sequence[Record]]) -> Row:
     means = [next(iter(part.scores.values())) for part in parts]
     below = math.sqrt(math.fsum((one - part.low) ** 2 for one, part in zip(means, parts, strict=True)))
     above = math.sqrt(math.fsum((part.high - one) ** 2 for one, part in zip(means, parts, strict=True)))
-    items, correct, count = (
-        sum(part.items for part in parts),
-        math.fsum(part.correct for part in parts),
-        len(parts) or 1,
-    )
+    items, correct = sum(part.items for part in parts), math.fsum(part.correct for part in parts)
+    count = len(parts) or 1
     return Row(name, items, correct, scores, max(0.0, mean - below / count), min(1.0, mean + above / count))
 
 
